@@ -319,18 +319,16 @@ def reward_sections(
 
 
 def train(section: dict[str, Any], name: str, seed: int, options: argparse.Namespace) -> list[Look]:
-    """Trains one arm, if that has not been done. Returns the scores on the way."""
+    """Trains one arm as far as it has not been. Returns the scores on the way."""
     folder = options.work / "runs" / f"{folder_name(name)}-{seed}"
-    if not (folder / "pytorch_lora_weights.safetensors").is_file():
-        train_anew(section, folder, seed, options)
+    if not (folder / f"checkpoint-{options.steps}").is_dir():
+        train_on(section, folder, seed, options)
     guardian = Guardian()
     assert guardian.read(folder / "samples" / "guardian.json", options.steps)
     return guardian.looks
 
 
-def train_anew(
-    section: dict[str, Any], folder: Path, seed: int, options: argparse.Namespace
-) -> None:
+def train_on(section: dict[str, Any], folder: Path, seed: int, options: argparse.Namespace) -> None:
     prompts, choice = options.work / "train.jsonl", choice_prompts()
     texts = train_prompts()[: -len(choice)]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -341,10 +339,12 @@ def train_anew(
         "train.output_dir": folder,
         "train.seed": seed,
         "train.max_steps": options.steps,
-        "train.overwrite_output_dir": "true",
-        "train.save_steps": 100_000,
+        "train.save_steps": EVERY,
+        "train.save_total_limit": 1,
         "train.lr_scheduler": "constant_with_warmup",
     }
+    if any(folder.glob("checkpoint-*")):
+        values["train.resume_from_checkpoint"] = "latest"
     run = recipe("awm/shapes", values)
     run.validation = ValidationConfig(
         validation_prompts=choice,
@@ -434,7 +434,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150, help="of training")
+    parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")

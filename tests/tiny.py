@@ -3,6 +3,7 @@ data, built in code."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,9 @@ def make_trainer(
     if method == "ctrl_u":  # trains a ControlNet
         peft_config = None
         values = {"consistency": "shapes", "reward_max_timestep": 1000} | values
+    if method == "grpo" and peft_config is not None:  # it refuses dropout
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.lora_dropout = 0.0
     if method == "ppd":  # trains an adapter of its own
         peft_config = None
         values = {"user_dim": 8, "user_tokens": 2, "user_dropout": 0.0} | values

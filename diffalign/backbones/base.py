@@ -265,7 +265,7 @@ class Backbone:
         diffusers' own `encode_prompt` then decides how prompts are encoded.
         """
         if self._pipe is None:
-            names = [n for n in self.source.component_names() if n.startswith(self.encoding_names)]
+            names = self.encoders()
             network = {self.network_name: self._loaded.get(self.network_name)}
             self._pipe = self._assemble(
                 {name: self.component(name) for name in names}
@@ -476,6 +476,10 @@ class Backbone:
                 ``guidance_scale`` for what the family's pipeline calls its guidance.
         """
         return settings
+
+    def encoders(self) -> list[str]:
+        """List the components that encode prompts: encoders and tokenizers."""
+        return [n for n in self.source.component_names() if n.startswith(self.encoding_names)]
 
     @property
     def prompt_settings(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..config.yaml_text import expand_home
 from ..errors import ConfigError
 from ..runtime import text_files
 from ..runtime.hashing import module_hash, sampled_hash, text_hash
@@ -33,6 +34,19 @@ from .single_file import converted, is_single_file
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Plain pipelines load them for inference. A training run has no use for them.
 _NEVER = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def _component_hash(component: Any) -> str:
+    """Hash weights and settings of a component in memory."""
+    config: Any = getattr(component, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    facts = {name: value for name, value in facts.items() if not str(name).startswith("_")}
+    weights = ""
+    if isinstance(component, torch.nn.Module):
+        weights = module_hash(component)
+    else:
+        facts["length"] = getattr(component, "model_max_length", None)
+    return text_hash(weights, json.dumps(facts, default=str, sort_keys=True))
 
 
 def _is_plain(value: Any) -> bool:
@@ -83,7 +97,7 @@ class ModelSource:
             self.name = str(self.pipe.config.get("_name_or_path") or type(self.pipe).__name__)
             self.pipeline_class_name = type(self.pipe).__name__
             return
-        self.name = str(model)
+        self.name = model = str(expand_home(str(model)))
         if self.embedded is not None:
             self.location, self.local = str(weights_dir(self.embedded)), True
         elif is_single_file(model):
@@ -290,10 +304,8 @@ class ModelSource:
         if name == "vae" and self.vae is not None:
             if not isinstance(self.vae, (str, Path)):
                 return self.vae
-            from diffusers import AutoencoderKL
-
             subfolder = "vae" if (Path(self.vae) / "vae").is_dir() else None
-            return self._load_vae(AutoencoderKL, subfolder, dtype)
+            return self._load_vae(subfolder, dtype)
         if self.pipe is not None:
             component = unwrapped(getattr(self.pipe, name))
             return (
@@ -344,7 +356,7 @@ class ModelSource:
                 )
             return cls(config).to(dtype)
 
-    def _load_vae(self, cls: Any, subfolder: str | None, dtype: torch.dtype) -> Any:
+    def _load_vae(self, subfolder: str | None, dtype: torch.dtype) -> Any:
         """Load the autoencoder that replaces the pipeline's own."""
         folder = Path(self.vae) / (subfolder or "")
         variant = None
@@ -357,7 +369,7 @@ class ModelSource:
                 "the form 'user/name'",
             )
         try:
-            module = cls.from_pretrained(
+            module = self._class("vae").from_pretrained(
                 self.vae, subfolder=subfolder, dtype=dtype, use_safetensors=True, variant=variant
             )
         except loading_errors() as error:
@@ -402,11 +414,7 @@ class ModelSource:
                 parts.append(self._vae_identity())
             elif self.pipe is not None:
                 component = getattr(self.pipe, name)
-                parts.append(
-                    module_hash(component)
-                    if isinstance(component, torch.nn.Module)
-                    else json.dumps(dict(component.config), default=str)
-                )
+                parts.append(_component_hash(component))
             elif self.local:
                 folder = Path(self.location) / name
                 files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -429,7 +437,7 @@ class ModelSource:
         It is its content, or its name on the Hub.
         """
         if not isinstance(self.vae, (str, Path)):
-            return module_hash(self.vae)
+            return _component_hash(self.vae)
         folder = Path(self.vae)
         files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
         return str([f"{path.name}:{sampled_hash(path)}" for path in files] or str(self.vae))

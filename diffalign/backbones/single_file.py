@@ -62,12 +62,19 @@ def converted(file: str | Path, base: str | None, open_base: Callable[[str], Any
     shapes = _shapes(path)
     kind = _kind(path, shapes)
     name = f"{path.stem}-{sampled_hash(path)[:12]}"
-    folder = cache_folder() / f"{name}-{text_hash(base or _default_base(kind))[:8]}"
+    folder = cache_folder() / f"{name}-{_base_hash(base or _default_base(kind))}"
     if (folder / "model_index.json").is_file():
         return folder
     if base is None:  # a command after a run that named the base
-        for other in sorted(cache_folder().glob(f"{glob.escape(name)}-*/model_index.json")):
-            return other.parent
+        others = sorted(cache_folder().glob(f"{glob.escape(name)}-*/model_index.json"))
+        if len(others) > 1:
+            raise ConfigError(
+                "model",
+                f"{str(path)!r} was converted with several bases; say which one with model_base, "
+                f"or name one of the folders {', '.join(str(each.parent) for each in others)}",
+            )
+        if others:
+            return others[0].parent
         base = _default_base(kind)
     from filelock import FileLock
 
@@ -78,6 +85,13 @@ def converted(file: str | Path, base: str | None, open_base: Callable[[str], Any
             print(f"model: converting {path} ({kind}), once, into {folder}", flush=True)
             _convert(path, base, open_base, shapes, folder)
     return folder
+
+
+def _base_hash(base: str) -> str:
+    """Identify a base: its name, and the content of its configs if it is a folder."""
+    folder = Path(base)
+    files = sorted(folder.glob("*/*.json")) if folder.is_dir() else []
+    return text_hash(base, *(sampled_hash(file) for file in files))[:8]
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -118,6 +132,17 @@ def _default_base(kind: str) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
+def _marked(scheduler: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Follow the marker tensors of a file that predicts v, as ComfyUI reads them."""
+    if "v_pred" not in shapes:
+        return scheduler
+    settings: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in shapes:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    print(f"model: the file says that it predicts v ({', '.join(settings)})", flush=True)
+    return type(scheduler).from_config(scheduler.config, **settings)
+
+
 def _convert(
     path: Path,
     base: str,
@@ -143,6 +168,8 @@ def _convert(
         or (name == "vae" and not _has(shapes, _AUTOENCODER))
         or name.startswith(("tokenizer", "scheduler"))
     }
+    if "scheduler" in lacking:
+        lacking["scheduler"] = _marked(lacking["scheduler"], shapes)
     if hasattr(cls, "safety_checker"):
         lacking["safety_checker"] = None
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -200,7 +200,7 @@ def run(options: argparse.Namespace) -> int | Result:
         return _finished(folder)
     processes = DistributedContext.start(options.device)
     work = _Work.load(options, steps, arguments, processes.device)
-    settings["scorers"] = work.fingerprints()
+    settings["scorers"] = work.fingerprints
     if processes.rank == 0:
         if not begun:
             _forget(folder)
@@ -411,7 +411,8 @@ class _Work:
     steering: FKSteering
     judges: dict[str, Rewarder]
     call: dict[str, Any]
-    scorers: dict[str, Any]
+    fingerprints: dict[str, str]
+    """Of the scorers whose options do not say what they are, by name."""
     unscored: int = 0
     """Populations so far without any score, -1 after the first that has one."""
 
@@ -464,12 +465,11 @@ class _Work:
             decode_batch_size=options.decode_batch_size,
             unscored="degenerate",
         )
+        call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+        call = {name: value for name, value in call.items() if value is not None}
         if by_scheduler and options.eta is not None:
             _check_scheduler_eta(pipe, options.eta)
-        call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
-        call = {name: value for name, value in call.items() if value is not None} | (
-            {"eta": options.eta} if by_scheduler and options.eta is not None else {}
-        )
+            call["eta"] = options.eta
         call |= _sides(pipe, options)
         if embedded_name(options.model) is not None:
             call = {**default_settings(options.model), "num_inference_steps": 30, **call}
@@ -478,12 +478,12 @@ class _Work:
             steering,
             read_judges(dict(zip(list(arguments)[1:], scorers[1:], strict=True))),
             call,
-            dict(zip(arguments, scorers, strict=True)),
+            {
+                name: scorer.fingerprint()
+                for name, scorer in zip(arguments, scorers, strict=True)
+                if name == "remote"
+            },
         )
-
-    def fingerprints(self) -> dict[str, str]:
-        """Identify the scorers whose options do not say what they are, by name."""
-        return {name: self.scorers[name].fingerprint() for name in self.scorers if name == "remote"}
 
     def do(self, units: list[tuple[int, int]], prompts: list[str], path: Path) -> None:
         """Steer some prompts, and draw their best-of-n with `--compare`.
@@ -504,7 +504,7 @@ class _Work:
         sides = {"best_of_n": self.steering.best_of_n()} if self.options.compare else {}
         for arm, sampler in {**sides, "steering": self.steering}.items():
             with warnings.catch_warnings():
-                # `_report` repeats them once, for all prompts.
+                # `write_report` repeats them once, for all prompts.
                 warnings.simplefilter("ignore", UserWarning)
                 try:
                     result = sampler(texts, seed=seeds, **self.call)

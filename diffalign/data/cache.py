@@ -31,6 +31,7 @@ _SEPARATOR = "|"
 _INDEX = "index.safetensors"
 _SHARDS_WITHOUT_INDEX = 16
 _DIGEST = "S16"
+_SHARD_BYTES = 256 * 2**20  # pending bytes at which a shard is written
 _DEAD_AFTER = 3600.0  # seconds; an older half-written file was left by a dead process
 
 
@@ -49,6 +50,7 @@ class TensorCache:
     def __init__(self, folder: str | Path, shard_entries: int = 512) -> None:
         self.folder, self.shard_entries = Path(folder), shard_entries
         self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
         self.reload()
 
     def reload(self) -> None:
@@ -148,7 +150,8 @@ class TensorCache:
         self._pending[key] = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
-        if len(self._pending) >= self.shard_entries:
+        self._pending_bytes += sum(t.nbytes for t in self._pending[key].values())
+        if len(self._pending) >= self.shard_entries or self._pending_bytes >= _SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -160,7 +163,7 @@ class TensorCache:
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         save_tensors(
             {
-                f"{k}{_SEPARATOR}{n}": t.clone()
+                f"{k}{_SEPARATOR}{n}": _alone(t)
                 for k, entry in self._pending.items()
                 for n, t in entry.items()
             },
@@ -168,7 +171,12 @@ class TensorCache:
         )
         for key, entry in self._pending.items():
             self._index[key] = (path, list(entry))
-        self._pending = {}
+        self._pending, self._pending_bytes = {}, 0
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Copy a tensor that is a part of a larger storage."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class _Index:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from diffalign.config.ranges import BatchSize, Count, Range, count, finite
 from diffalign.config.section import config_section
-from diffalign.config.yaml_text import read_yaml_text, shown
+from diffalign.config.yaml_text import expand_home, read_yaml_text, shown
 from diffalign.errors import ConfigError, UserError
 
 Ties = Literal["drop", "keep"]
@@ -136,6 +136,8 @@ class DataConfig:
     """Processes that read and decode images; 0 = the training process itself."""
 
     def __post_init__(self) -> None:
+        self.cache_latents = expand_home(self.cache_latents)
+        self.cache_text_embeddings = expand_home(self.cache_text_embeddings)
         if self.aspect_ratio_buckets is None:
             return
         parse_buckets(self.aspect_ratio_buckets)

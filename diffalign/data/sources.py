@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -157,6 +158,11 @@ def _in_memory(source: object, split: str, streaming: bool) -> Rows:
         # pyarrow's errors are of these types.
         except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"dataset a list: a column mixes types: {error}") from error
+    if isinstance(source, datasets.Dataset) and source.format["type"] == "custom":
+        raise UserError(
+            "dataset: it has a transform (set_transform or with_transform), which is not run here; "
+            "apply it with map() first"
+        )
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         raise UserError(
             "dataset: expected a name, a path, a datasets object or a list of rows, got "
@@ -169,10 +175,24 @@ def _in_memory(source: object, split: str, streaming: bool) -> Rows:
     )
 
 
+class NoSuchSplit(UserError):
+    """A dataset has no split of a name.
+
+    Args:
+        message (`str`): One sentence.
+        splits (`Sequence[str]`): The splits that it has.
+    """
+
+    def __init__(self, message: str, splits: Sequence[str]) -> None:
+        super().__init__(message)
+        self.splits = list(splits)
+
+
 def _named_split(source: Mapping[str, Rows], name: str) -> Rows:
     if name not in source:
-        raise UserError(
-            f"dataset split {name!r} does not exist; there are {', '.join(map(str, source))}"
+        splits = [str(each) for each in source]
+        raise NoSuchSplit(
+            f"dataset split {name!r} does not exist; there are {', '.join(splits)}", splits
         )
     return source[name]
 
@@ -180,15 +200,18 @@ def _named_split(source: Mapping[str, Rows], name: str) -> Rows:
 def _only_split(source: Any, name: str) -> Any:
     """Return rows that have one split, which is called `train`."""
     if name not in ("train", "all"):
-        raise UserError(
+        raise NoSuchSplit(
             f"dataset split {name!r} does not exist; a file, a list and a pair of folders have "
-            "the one split train"
+            "the one split train",
+            ["train"],
         )
     return source
 
 
 def _cell(value: object) -> object:
     """Turn an array or tensor of pixels into a PIL image, also within a list."""
+    if isinstance(value, Path):
+        return str(value)
     if decoding.is_array(value) and value.ndim >= 2:
         try:
             return decoding.from_array(value)
@@ -449,9 +472,10 @@ def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         return files
     if not mine:
         listed = ", ".join(file.name for file in files[:5])
-        raise UserError(
+        raise NoSuchSplit(
             f"dataset {str(folder)!r}: no file is named after the split {split!r}; there are "
-            f"{listed}"
+            f"{listed}",
+            [name for name in usual if any(is_named(f, name) for f in files)] or ["train"],
         )
     return mine
 
@@ -508,6 +532,13 @@ def _load(name: str, builder: str, split: str, *, config: str | None = None, **k
         raise  # `_hub` explains these
     except (ValueError, OSError, RecursionError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
+        unknown = re.search(r"Unknown split \"[^\"]*\". Should be one of \[(.*?)\]", str(cause))
+        if unknown:
+            splits = re.findall(r"'([^']+)'", unknown[1])
+            raise NoSuchSplit(
+                f"dataset {name!r}: split {split!r} does not exist; there are {', '.join(splits)}",
+                splits,
+            ) from error
         raise UserError(f"dataset {name!r}: {' '.join(str(cause).split())[:600]}") from error
 
 

@@ -142,6 +142,15 @@ class StreamingPreferenceDataset(PreferenceDataset, IterableDataset):
         source = self._before_row if within else self.dataset.state_dict()
         return {"rows": self._rows_read - within, "groups_of_row": within, "source": source}
 
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew, if the stream was given shuffled.
+
+        Args:
+            epoch (`int`): Pass over the stream.
+        """
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a position at the next iteration.
 

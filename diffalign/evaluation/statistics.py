@@ -84,7 +84,7 @@ def student_quantile(probability: float, degrees: int) -> float:
     """
     if probability < 0.5:
         return -student_quantile(1 - probability, degrees)
-    # The angle atan(t / sqrt(n)) lies in [0, pi / 2], which is halved until it stands.
+    # Bisection of the angle atan(t / sqrt(n)), which lies in [0, pi / 2].
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
@@ -102,13 +102,12 @@ def _student_probability(angle: float, degrees: int) -> float:
     """
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
-    term = total = cosine if odd else 1.0
+    term = cosine if odd else 1.0
+    total = 0.0 if degrees == 1 else term
     for k in range(2 + odd, degrees, 2):
         term *= (k - 1) / k * cosine**2
         total += term
     inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    if degrees == 1:
-        inside = 2 / math.pi * angle
     return 0.5 + inside / 2
 
 

@@ -67,8 +67,10 @@ def is_pipeline(name: str) -> bool:
     Args:
         name (`str`): Folder, file or Hub id.
     """
-    if embedded_name(name) is not None or Path(name).exists():
-        return embedded_name(name) is not None or (Path(name) / "model_index.json").is_file()
+    if embedded_name(name) is not None:
+        return True
+    if Path(name).exists():
+        return (Path(name) / "model_index.json").is_file()
     from ..backbones.loading import ModelSource
 
     try:

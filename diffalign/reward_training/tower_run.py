@@ -17,7 +17,12 @@ from ..errors import ConfigError
 from ..rewards.scorers.trained import FILE
 from ..runtime.folder_lock import FolderLock
 from ..runtime.seeds import undisturbed
-from ..training.build import build_accelerator, steps_of_epochs, trainable_parameters
+from ..training.build import (
+    build_accelerator,
+    keep_buffers,
+    steps_of_epochs,
+    trainable_parameters,
+)
 from ..training.callbacks import (
     ProgressCallback,
     TrainerCallback,
@@ -122,6 +127,7 @@ class TowerRun:
         optimizer = build_optimizer(trainable_parameters(self.network), args)
         self.schedule = build_lr_scheduler(optimizer, args, self.state.max_steps)
         self.prepared, self.optimizer = accelerator.prepare(self.network, optimizer)
+        keep_buffers(self.prepared)
         self.network.train()
         self.checkpoints = CheckpointManager(
             accelerator,
@@ -340,6 +346,7 @@ class TowerRun:
             control=self.control,
             samples_per_step=self._groups_per_step,
             rows=len(data),
+            passes=args.gradient_accumulation_steps,
             after_update=lambda: None,
             window=MetricWindow(),
         )

@@ -5,6 +5,7 @@ Only scorers of role `train` are combined. Those of role `eval` are reported.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -150,7 +151,11 @@ class Panel:
             )
             raise ConfigError("placement", problem)
         self.placement, self.trust_remote_code = placement, trust_remote_code
-        self.entries = parse_rewards(entries, trust_remote_code=trust_remote_code)
+        # Copies: entries may be the user's own objects.
+        self.entries = [
+            copy.copy(entry)
+            for entry in parse_rewards(entries, trust_remote_code=trust_remote_code)
+        ]
         self.combine_config = _combine_config(combine)
         self.names_rule = combine is not None
         self._caches: dict[str, ScoreCache] = {}

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..config.yaml_text import expand_home
 from ..errors import ConfigError, UserError
-from ..runtime.hashing import bytes_hash, text_hash
+from ..runtime.hashing import bytes_hash, text_hash, value_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
 from ..runtime.weight_files import explained, loading_errors
 from .base import Item, Scorer
@@ -264,6 +265,7 @@ def find_class(
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigError("scorer", f"expected a name, got {name!r}")
+    name = expand_home(name)
     folded = _fold(name)
     table = _table()
     if folded in _AMBIGUOUS and folded not in _registered:
@@ -433,6 +435,20 @@ def _wrap(target: Callable[..., Any], spec: ScorerSpec) -> type[Scorer]:
     return Wrapped
 
 
+def positional_count(parameters: Iterable[inspect.Parameter], most: int) -> int:
+    """Count the positional arguments of a function.
+
+    Args:
+        parameters (`Iterable[inspect.Parameter]`): of the function.
+        most (`int`): the answer for one with ``*args``.
+    """
+    kinds = [p.kind for p in parameters]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return most
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return kinds.count(inspect.Parameter.POSITIONAL_ONLY) + kinds.count(either)
+
+
 class CallableScorer(Scorer):
     """A scorer around a function of images, prompts and metadata, or fewer of them.
 
@@ -467,11 +483,8 @@ class CallableScorer(Scorer):
                 "write __call__(images, prompts, metadata)",
             )
         parameters = inspect.signature(self.function).parameters.values()
-        positional = [
-            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
         self.keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        self.count = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+        self.count = positional_count(parameters, 3)
 
     def identity(self) -> dict[str, Any]:
         try:  # the whole file, for the functions and numbers that the target uses
@@ -479,14 +492,11 @@ class CallableScorer(Scorer):
         except (OSError, TypeError, UnicodeDecodeError):  # written in an interactive session
             source = getattr(self.target, "__qualname__", repr(self.target))
         source = f"{source}\0{getattr(self.target, '__qualname__', '')}"
-        # Two functions from one factory have one source. What they closed over tells
-        # them apart (by address where there is no better).
-        cells = [
-            repr(cell.cell_contents) for cell in getattr(self.target, "__closure__", None) or ()
-        ]
         return {
             "source": text_hash(source),
-            "closure": cells,
+            # Two functions from one factory have one source, and a function that was
+            # written again in a notebook has none. Code, closure and object differ.
+            "target": value_hash(self.target),
             "arguments": self.arguments,
         }
 

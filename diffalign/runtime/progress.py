@@ -286,7 +286,7 @@ def track(
 def _kind() -> type[Bar]:
     if _in_notebook():
         return _TqdmBar
-    if not sys.stderr.isatty():
+    if not getattr(sys.stderr, "isatty", bool)():  # of a logger's stream
         return _LineBar
     if os.environ.get("TERM") != "dumb" and find_spec("rich") is not None:
         return _RichBar

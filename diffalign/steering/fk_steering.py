@@ -28,7 +28,6 @@ from ..runtime.protocols import Numbers, Pipeline
 from .decoding import LatentDecoder
 from .kernels import check_kernel
 from .noise_levels import check_reachable, refuse_replaced_noise
-from .particle_weights import UNSCORED
 from .resampling import Generators
 from .result import SteeringResult
 from .reward_fn import Rewarder
@@ -156,11 +155,7 @@ class FKSteering:
             "adaptive_tempering": adaptive_tempering,
             "temperatures": temperatures,
         }
-        check_options(num_particles=num_particles, **self.weighting)
-        if unscored not in UNSCORED:
-            raise ConfigError(
-                "unscored", f"expected one of {', '.join(UNSCORED)}, got {unscored!r}"
-            )
+        check_options(num_particles=num_particles, unscored=unscored, **self.weighting)
         self.unscored = unscored
         check_schedule(resample_steps)
         if num_particles == 1 and resample_steps:

@@ -181,13 +181,10 @@ class ParticleWeights:
             ess_threshold=ess_threshold,
             adaptive_tempering=adaptive_tempering,
             temperatures=temperatures,
+            unscored=unscored,
         )
         if groups < 1:
             raise ConfigError("groups", f"expected int >= 1, got {groups}")
-        if unscored not in UNSCORED:
-            raise ConfigError(
-                "unscored", f"expected one of {', '.join(UNSCORED)}, got {unscored!r}"
-            )
         self.unscored, self.names = unscored, names
         shape = (groups, num_particles)
         self.shape, self.potential, self.scheme, self.generator = (
@@ -422,6 +419,7 @@ def check_options(
     ess_threshold: float | None = 0.5,
     adaptive_tempering: float | None = None,
     temperatures: Sequence[float] | None = None,
+    unscored: str = "error",
 ) -> None:
     """Check the options of `ParticleWeights`, which explains them.
 
@@ -451,6 +449,8 @@ def check_options(
         raise ConfigError(
             "potential", f"expected one of {', '.join(POTENTIALS)}, got {potential!r}"
         )
+    if unscored not in UNSCORED:
+        raise ConfigError("unscored", f"expected one of {', '.join(UNSCORED)}, got {unscored!r}")
     if scheme not in SCHEMES:
         raise ConfigError("scheme", f"expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     if ess_target is not None and not (num_particles > 1 and 1 / num_particles < ess_target < 1):

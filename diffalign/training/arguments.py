@@ -53,7 +53,8 @@ def check_optimizers(value: Any) -> tuple[Any, Any]:
         ),
         strict=True,
     ):
-        if part is not None and (not callable(part) or hasattr(part, "state_dict")):
+        is_object = not isinstance(part, type) and hasattr(part, "state_dict")
+        if part is not None and (not callable(part) or is_object):
             raise ConfigError(
                 "optimizers",
                 f"expected functions, got an object {type(part).__name__}: the parameters that "
@@ -78,6 +79,8 @@ def read_callbacks(value: Any) -> list[TrainerCallback]:
     for callback in callbacks:
         if not isinstance(callback, TrainerCallback):
             raise ConfigError(
-                "callbacks", f"expected TrainerCallback, got {type(callback).__name__}"
+                "callbacks",
+                f"expected diffalign.TrainerCallback, got {type(callback).__name__} (callbacks of "
+                "transformers have other hooks)",
             )
     return callbacks

@@ -17,6 +17,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backbones import Backbone
 from ..backbones.lora import unwrapped
@@ -84,6 +85,31 @@ def build_accelerator(args: LoopConfig, output_dir: Path, passes: int) -> Accele
         ) from error
     check_engine(accelerator)
     return accelerator
+
+
+def keep_buffers(prepared: Module) -> None:
+    """Let no forward pass of DDP broadcast buffers, which do not change in training.
+
+    A process without rows to evaluate would keep the others waiting for its buffers.
+
+    Args:
+        prepared (`Module`): The network as accelerate prepared it.
+    """
+    if isinstance(prepared, DistributedDataParallel):
+        prepared.broadcast_buffers = False
+
+
+def keep_precision(accelerator: Accelerator, mixed_precision: str) -> None:
+    """Restore the precision of a run that another Accelerator may have changed.
+
+    accelerate has one precision for the whole process.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        mixed_precision (`str`): Of the run.
+    """
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        accelerator.state._shared_state["_mixed_precision"] = mixed_precision
 
 
 def load_plain_network(backbone: Backbone, args: TrainingConfig, dtype: torch.dtype) -> Any:
@@ -302,7 +328,7 @@ def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
         return args.max_steps
     if data.streaming:
         raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-    return steps_of_epochs(args, len(data.dataset), data.global_batch)
+    return steps_of_epochs(args, data.epoch_rows, data.global_batch)
 
 
 def steps_of_epochs(args: LoopConfig, groups: int, groups_per_step: int) -> int:

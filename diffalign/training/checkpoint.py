@@ -43,6 +43,8 @@ _LATER_FACTS = (
     "start_lora",
     "reference",
     "autoencoder",
+    "scheduler",
+    "text_encoders",
     "precision",
     "sampler_rule",
     "data_seed",

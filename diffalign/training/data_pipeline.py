@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from ..data.cache import TensorCache
 from ..data.streaming import StreamingPreferenceDataset
 from ..errors import ConfigError, UserError
 from ..runtime.files import read_tensors, save_tensors, write_atomically
-from ..runtime.hashing import text_hash
+from ..runtime.hashing import text_hash, value_hash
 from ..runtime.progress import track
 from .batch import Batch
 from .batch_builder import BatchBuilder
 from .config import TrainingConfig
 from .fill_caches import fill_latent_cache, fill_prompt_cache
-from .group_reader import Example, GroupReader, StreamPosition, StreamReader
+from .group_reader import Example, GroupReader, StreamPosition, StreamReader, check_broken
 from .row_order import PositionSampler, RowOrder, endless_loader
 
 REFERENCE_FILE = "reference_errors.safetensors"
@@ -145,6 +146,12 @@ def check_data(dataset: PreferenceDataset, config: DataConfig, args: TrainingCon
             "needs the same pixels in every epoch; set data.center_crop: true and "
             "data.random_flip: false",
         )
+    if is_stream and config.aspect_ratio_buckets and args.per_device_train_batch_size > 1:
+        raise ConfigError(
+            "data.aspect_ratio_buckets",
+            "a stream cannot be sorted into buckets; set train.per_device_train_batch_size: 1 "
+            "(with gradient_accumulation_steps), or dataset_streaming: false",
+        )
     if config.aspect_ratio_buckets and dataset.kind == "prompt":
         raise ConfigError(
             "data.aspect_ratio_buckets",
@@ -185,7 +192,9 @@ class DataPipeline:
             dataset = self._assign_buckets(dataset)
         self.dataset = dataset
         self.latents = self._latent_cache()
-        self.reader = GroupReader(dataset, self.transform, args.seed, config.max_broken_fraction)
+        self.reader = GroupReader(
+            dataset, self.transform, args.seed, config.max_broken_fraction, self.buckets
+        )
         self.prompts = self._prompt_cache()
         on_the_way = self.latents if self.streaming else None
         self.builder = BatchBuilder(backbone, args, accelerator.device, self.prompts, on_the_way)
@@ -200,16 +209,29 @@ class DataPipeline:
             self.reader.latents = self.latents
 
     def _assign_buckets(self, dataset: PreferenceDataset) -> PreferenceDataset:
-        assigned = [self.transform.bucket_of(group.image_sizes()) for group in dataset]
+        broken: list[str] = []
+        assigned = [self._bucket(dataset, row, broken) for row in range(len(dataset))]
         keep = [i for i, bucket in enumerate(assigned) if bucket is not None]
-        self.dropped_sizes = len(assigned) - len(keep)
+        if broken:
+            most = self.config.max_broken_fraction
+            check_broken(len(broken), len(dataset), most, broken[0])
+        self.dropped_sizes = len(assigned) - len(keep) - len(broken)
         if not keep:
             raise UserError(
                 "data.mismatch: the images of every group differ in aspect; set "
                 "data.mismatch: letterbox"
             )
         self.buckets = [bucket for bucket in assigned if bucket is not None]
-        return dataset if not self.dropped_sizes else dataset.select(keep)
+        return dataset if len(keep) == len(assigned) else dataset.select(keep)
+
+    def _bucket(self, dataset: PreferenceDataset, row: int, broken: list[str]) -> int | None:
+        """Choose the bucket of a group. None if it has none, or cannot be read."""
+        try:
+            return self.transform.bucket_of(dataset[row].image_sizes())
+        except UserError as error:
+            warnings.warn(f"{error}; the row is left out", stacklevel=2)
+            broken.append(str(error))
+            return None
 
     def _latent_cache(self) -> TensorCache | None:
         if not self.config.cache_latents or self.dataset.kind == "prompt":
@@ -222,10 +244,11 @@ class DataPipeline:
     def _prompt_cache(self) -> TensorCache | None:
         if not self.config.cache_text_embeddings:
             return None
-        names = self.backbone.source.component_names()
-        encoders = [name for name in names if name.startswith("text_encoder")]
-        fingerprint = self.backbone.source.fingerprint(*encoders)
-        key = f"prompts-{fingerprint}-{str(self.backbone.dtype).removeprefix('torch.')}"
+        backbone = self.backbone
+        source = backbone.source
+        rules = [source.pipeline_class_name, source.pipeline_options(), backbone.prompt_settings]
+        fingerprint = text_hash(source.fingerprint(*backbone.encoders()), value_hash(rules))[:16]
+        key = f"prompts-{fingerprint}-{str(backbone.dtype).removeprefix('torch.')}"
         return TensorCache(Path(self.config.cache_text_embeddings) / key)
 
     def fill_caches(self) -> list[str]:
@@ -296,10 +319,18 @@ class DataPipeline:
             # A generator of its own for the same reason as in `endless_loader`.
             loading = {"collate_fn": _same, "generator": torch.Generator()}
             return self._streamed(self.stream, start, loading | workers)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        order = RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
-        sampler = PositionSampler(order, *place)
+        sampler = PositionSampler(self._order(), *place)
         return iter(endless_loader(self.reader, sampler, _same, **workers))
+
+    def _order(self) -> RowOrder:
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return RowOrder(len(self.dataset), seed, self.buckets, args.per_device_train_batch_size)
+
+    @cached_property
+    def epoch_rows(self) -> int:
+        """Positions of one epoch: the rows, and what fills up batches of buckets."""
+        return len(self.dataset) if self.buckets is None else self._order().length
 
     def _streamed(
         self, stream: StreamingPreferenceDataset, start: int, loading: dict[str, Any]

@@ -86,7 +86,7 @@ def check_hub(config: HubConfig) -> None:
             raise ConfigError("hub.hub_model_id", " ".join(str(error).split())[:200]) from None
 
 
-def push_to_hub(folder: Path, config: HubConfig) -> str:
+def push_to_hub(folder: Path, config: HubConfig, commit_message: str | None = None) -> str:
     """Upload the final model to the Hub, without checkpoints, logs or caches.
 
     The token comes from the environment or the login.
@@ -94,6 +94,7 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
     Args:
         folder (`Path`): What `save_model` wrote.
         config (`HubConfig`): Name and visibility of the repository.
+        commit_message (`str`, *optional*): Of the upload.
 
     Returns:
         `str`: Address of the repository.
@@ -113,6 +114,7 @@ def push_to_hub(folder: Path, config: HubConfig) -> str:
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=folder,
+            commit_message=commit_message,
             ignore_patterns=[
                 "checkpoint-*",
                 "abandoned-checkpoint-*",

@@ -42,7 +42,10 @@ def fill_latent_cache(
     # the images of its own share.
     keys: dict[int, str] = {}
     for i in range(rank, len(reader.dataset), world):
-        keys[i] = group_key(reader.dataset[i].image_hashes())
+        try:
+            keys[i] = group_key(reader.dataset[i].image_hashes())
+        except UserError as error:  # a file that is not there
+            reader.skip(i, str(error))
     missing = set(cache.missing(keys.values()))
     first: dict[str, int] = {}
     for i, key in keys.items():

@@ -61,6 +61,24 @@ class Example:
         return group_number(self.row_id, self.place)
 
 
+def check_broken(broken: int, rows: int, most: float, reason: str) -> None:
+    """Refuse a dataset with too many broken rows.
+
+    Args:
+        broken (`int`): Rows that cannot be used.
+        rows (`int`): All rows.
+        most (`float`): Share of them that may be broken.
+        reason (`str`): What is wrong with one of them.
+
+    Raises:
+        UserError: Too many rows are broken.
+    """
+    if broken > most * rows:
+        raise UserError(
+            f"{broken} of {rows} rows cannot be used, more than data.max_broken_fraction: {reason}"
+        )
+
+
 class GroupReader(torch.utils.data.Dataset):
     """Reads a group by its epoch and index.
 
@@ -72,6 +90,8 @@ class GroupReader(torch.utils.data.Dataset):
         seed (`int`): Seed of random crops.
         max_broken_fraction (`float`, *optional*, defaults to `0.05`): Share of broken
             rows above which reading fails.
+        buckets (`Sequence[int]`, *optional*): Bucket of each row. A row is replaced by
+            one of its bucket.
     """
 
     def __init__(
@@ -80,7 +100,9 @@ class GroupReader(torch.utils.data.Dataset):
         transform: GroupTransform,
         seed: int,
         max_broken_fraction: float = 0.05,
+        buckets: Sequence[int] | None = None,
     ) -> None:
+        self.buckets = buckets
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.max_broken_fraction = max_broken_fraction
         self.latents: TensorCache | None = None
@@ -88,11 +110,28 @@ class GroupReader(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         epoch, index = key
-        try:
-            return self.read(self.dataset[index], epoch)
-        except UserError as error:
-            self.skip(index, str(error))
-            return self[(epoch, (index + 1) % len(self.dataset))]
+        count, place = len(self.dataset), index
+        for _ in range(count):
+            is_alike = self.buckets is None or self.buckets[place] == self.buckets[index]
+            if is_alike and place not in self.broken:
+                try:
+                    return self._of_bucket(self.read(self.dataset[place], epoch), place)
+                except UserError as error:
+                    self.skip(place, str(error))
+            place = (place + 1) % count
+        raise UserError(f"no row can take the place of row {index}: {self.broken[index]}")
+
+    def _of_bucket(self, example: Example, index: int) -> Example:
+        """Check that a decoded image has the size that its header says.
+
+        Raises:
+            UserError: It has that of another bucket.
+        """
+        if self.buckets is not None and example.pixels is not None:
+            size = self.transform.sizes[self.buckets[index]]
+            if tuple(example.pixels.shape[-2:]) != tuple(size):
+                raise UserError(f"dataset row {index}: its image has another size than its header")
+        return example
 
     def skip(self, index: int, reason: str) -> None:
         """Count a broken row.
@@ -107,11 +146,7 @@ class GroupReader(torch.utils.data.Dataset):
         if index not in self.broken:
             warnings.warn(f"{reason}; the next row takes its place", stacklevel=2)
         self.broken[index] = reason
-        if len(self.broken) > self.max_broken_fraction * len(self.dataset):
-            raise UserError(
-                f"{len(self.broken)} of {len(self.dataset)} rows cannot be used, more than "
-                f"data.max_broken_fraction: {reason}"
-            )
+        check_broken(len(self.broken), len(self.dataset), self.max_broken_fraction, reason)
 
     def read_streamed(self, group: Group, epoch: int) -> Example:
         """Read one group of a stream, whose latents may not be cached yet.
@@ -237,6 +272,7 @@ class StreamReader(torch.utils.data.IterableDataset):
             yield None
         position = self.positions[worker]
         epoch, batch, skip = position.epoch, [], self.skip
+        self.dataset.set_epoch(epoch)
         self.dataset.load_state_dict(position.source)
         is_fresh = position.source is None
         while True:
@@ -257,6 +293,7 @@ class StreamReader(torch.utils.data.IterableDataset):
             if is_empty and is_fresh:
                 raise UserError("data.dataset_name: the stream has no usable rows")
             epoch, is_fresh = epoch + 1, True
+            self.dataset.set_epoch(epoch)
 
     def _skip(self, row_id: int, reason: str) -> None:
         """Count a row that looked right and cannot be decoded."""

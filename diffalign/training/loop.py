@@ -104,6 +104,7 @@ class Run:
         control (`TrainerControl`): Flags that callbacks set.
         samples_per_step (`int`): Groups per optimizer step over all processes.
         rows (`int`, *optional*): Groups of the dataset. None if it has no length.
+        passes (`int`): Forward passes per optimizer step.
         after_update (`Callable`): Called after every update of the weights.
         window (`MetricWindow`): Metrics since the last log.
         metrics (`dict[str, float]`): Metrics of the last log.
@@ -126,6 +127,7 @@ class Run:
     control: TrainerControl
     samples_per_step: int
     rows: int | None
+    passes: int
     after_update: Callable[[], None]
     window: MetricWindow
     metrics: dict[str, float] = field(default_factory=dict)
@@ -186,6 +188,9 @@ def fit(task: Task, run: Run, callbacks: Sequence[LoopCallback]) -> None:
     """
     for callback in callbacks:
         callback.on_train_begin(run)
+    # A call that failed in the middle of a step may have left gradients.
+    run.accelerator.gradient_state._set_sync_gradients(True)
+    run.optimizer.zero_grad()
     while not run.finished:
         try:
             take_step(task, run)
@@ -210,6 +215,10 @@ def take_step(task: Task, run: Run) -> None:
         run (`Run`): Changed in place.
     """
     accelerator, check = run.accelerator, FiniteCheck(run.state.global_step + 1)
+    # accelerate counts passes for the whole process. Another trainer, or an Accelerator
+    # of the user, may have set these.
+    accelerator.gradient_accumulation_steps = run.passes
+    accelerator.step = 0
     for _ in range(run.args.gradient_accumulation_steps):
         for batch in task.micro_batches(task.prepare(next(run.batches))):
             with accelerator.accumulate(run.network):

@@ -52,10 +52,17 @@ class LogMetrics(LoopCallback):
         run.window.restore(run.state.window, run.accelerator)
 
     def on_step_end(self, run: Run) -> None:
-        state = run.state
-        run.logged = state.global_step % run.args.logging_steps == 0 or run.is_last
-        if not run.logged:
-            return
+        run.logged = run.state.global_step % run.args.logging_steps == 0 or run.is_last
+        if run.logged:
+            self.write(run)
+
+    def write(self, run: Run) -> None:
+        """Log the averages since the last log.
+
+        Args:
+            run (`Run`): The run.
+        """
+        state, run.logged = run.state, True
         metrics = run.window.reduce(run.accelerator)
         metrics |= {"train/lr": run.optimizer.param_groups[0]["lr"], "epoch": state.epoch}
         self.log.write(metrics, state.global_step)
@@ -88,16 +95,22 @@ class UserCallbacks(LoopCallback):
 
     Args:
         call (`Callable`): Calls a hook of the user's callbacks.
+        log (`LogMetrics`): Logs the last step of a run that a callback ends.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, log: LogMetrics) -> None:
+        self.call, self.log = call, log
 
     def on_train_begin(self, run: Run) -> None:
         self.call("on_train_begin")
 
     def on_step_end(self, run: Run) -> None:
+        stopped = run.control.should_training_stop
         self.call("on_step_end")
+        if run.control.should_training_stop and not stopped:
+            run.control.should_save = True
+            if not run.logged:
+                self.log.write(run)
 
     def on_train_end(self, run: Run) -> None:
         self.call("on_train_end")
@@ -435,10 +448,11 @@ def in_order(
     works: list[Any] = [AnnounceSave(call), Evaluate(evaluate, log), Validate(validation, log)]
     stop = StopOnSignal(signals)
     save = SaveCheckpoint(checkpoints, works)
+    metrics = LogMetrics(log, call, undone)
     stages = [
-        LogMetrics(log, call, undone),
+        metrics,
         divergence,
-        UserCallbacks(call),
+        UserCallbacks(call, metrics),
         stop,
         save,
         DoWork(save, works, stop, undone, resumed),

@@ -110,12 +110,32 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_foreign(folder: Path) -> None:
+def check_savable(folder: Path, own: Path) -> None:
+    """Refuse a folder to save a model in whose files are not of a run.
+
+    Args:
+        folder (`Path`): Where to save.
+        own (`Path`): Folder of the run, which has been checked.
+
+    Raises:
+        UserError: Files would be replaced that no run wrote.
+    """
+    inside = own.resolve() in (folder.resolve(), *folder.resolve().parents)
+    if not inside and not is_run_record(folder / "config.yaml"):
+        _check_foreign(folder, "output_dir")
+
+
+def holds_model(folder: Path) -> bool:
+    """Tell whether `save_model` has written into a folder."""
+    return _is_finished(folder)
+
+
+def _check_foreign(folder: Path, field: str = "train.output_dir") -> None:
     """Refuse a folder whose files are not of a run."""
     taken = [str(path.relative_to(folder)) for name in REPLACED for path in folder.glob(name)]
     if taken:
         raise UserError(
-            f"train.output_dir: {str(folder)!r} is not a run of diffalign, and a run would "
+            f"{field}: {str(folder)!r} is not a run of diffalign, and a run would "
             f"replace its {', '.join(taken[:3])}; choose another folder"
         )
 
@@ -137,9 +157,9 @@ def _claim(lock: FolderLock, overwrite: bool) -> None:
         state = (
             f"its last checkpoint is {checkpoints[-1].name}" if checkpoints else "it is finished"
         )
+        go_on = "continue it (resume_from_checkpoint latest), " if checkpoints else ""
         raise UserError(
-            f"train.output_dir: {str(folder)!r} holds another run ({state}); continue it "
-            "(resume_from_checkpoint latest), "
+            f"train.output_dir: {str(folder)!r} holds another run ({state}); {go_on}"
             "choose another folder, or move it aside (overwrite_output_dir true)"
         )
     if process_rank() > 0:

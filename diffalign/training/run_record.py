@@ -184,6 +184,8 @@ class RunRecord:
         model_fingerprint (`str`): Hash of the starting weights.
         ref_fingerprint (`str`, *optional*): Hash of the reference's weights.
         vae_fingerprint (`str`): Hash of the autoencoder's weights.
+        scheduler_hash (`str`): Hash of the schedulers of model and reference.
+        text_fingerprint (`str`): Hash of text encoders and tokenizers.
         sampler_rule (`int`): Rule by which the run draws trajectories.
         passed_in_python (`list[str]`): Further arguments that a run file cannot hold,
             in words.
@@ -211,6 +213,8 @@ class RunRecord:
     model_fingerprint: str
     ref_fingerprint: str | None
     vae_fingerprint: str
+    scheduler_hash: str
+    text_fingerprint: str
     sampler_rule: int
     passed_in_python: list[str]
     start_lora: StartLora | None = None
@@ -238,6 +242,8 @@ class RunRecord:
             "start_lora": None if self.start_lora is None else self.start_lora.fingerprint,
             "reference": self.ref_fingerprint,
             "autoencoder": self.vae_fingerprint,
+            "scheduler": self.scheduler_hash,
+            "text_encoders": self.text_fingerprint,
             "precision": ", ".join(
                 [
                     self.args.mixed_precision,

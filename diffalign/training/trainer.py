@@ -6,13 +6,14 @@ A method is a subclass that states which data it needs and what its loss is. See
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,17 +27,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..backbones import Backbone, load_backbone
 from ..data import DataConfig, PreferenceDataset
+from ..data.sources import NoSuchSplit
 from ..errors import ConfigError, UserError
 from ..likelihood import NoiseSchedule, RectifiedFlow, VariancePreserving
 from ..runtime.distributed import process_rank, sharded_modules
 from ..runtime.files import make_folder
 from ..runtime.folder_lock import FolderLock
+from ..runtime.hashing import scheduler_facts, value_hash
+from ..runtime.seeds import undisturbed
 from .arguments import check_optimizers, read_argument, read_callbacks
 from .batch import Batch
+from .borrowed import BorrowedPipeline
 from .build import (
     DTYPES,
     build_accelerator,
     build_network,
+    keep_buffers,
+    keep_precision,
     planned_steps,
     trainable_parameters,
     training_schedule,
@@ -78,7 +85,7 @@ from .reference import (
     check_reference,
 )
 from .resume import ScheduleState, group_settings, resume_settings
-from .run_folder import begin, check_outside
+from .run_folder import begin, check_outside, check_savable, holds_model
 from .run_record import BuiltFacts, RunRecord, dry_run_report, sampler_rule
 from .sections import HubConfig, ValidationConfig
 from .sharding import choose_units, is_fsdp, shard_frozen
@@ -210,7 +217,10 @@ class Trainer:
     window: MetricWindow
     sampler_rule: int
     is_dry: bool
+    borrowed: BorrowedPipeline | None
+    """The pipeline that the user passed as an object."""
     _ready: bool
+    _depth: int
 
     def __init__(
         self,
@@ -233,7 +243,10 @@ class Trainer:
         scorers: Any = None,
         start_lora: str | Path | None = None,
     ) -> None:
-        self.args = read_argument(args, self.config_class, "args") or self.config_class()
+        # A copy: a config that is changed for the next trainer changes no other run.
+        self.args = copy.deepcopy(
+            read_argument(args, self.config_class, "args") or self.config_class()
+        )
         self.data_config = read_argument(data, DataConfig, "data") or DataConfig()
         validation = read_argument(validation, ValidationConfig, "validation")
         self.validation_config = validation
@@ -254,6 +267,9 @@ class Trainer:
         self.backbone = load_backbone(
             model, revision=revision, variant=variant, vae=vae, base=model_base
         )
+        pipe = self.backbone.source.pipe
+        self.borrowed = None if pipe is None else BorrowedPipeline(pipe)
+        self._depth = 0
         self.ref_backbone = None if ref_model is None else _load_reference(ref_model)
         if self.ref_backbone is not None:
             check_reference(self.backbone, self.ref_backbone)
@@ -381,10 +397,18 @@ class Trainer:
             return self.read_dataset(source, "train")
         if split is not None:
             return self.read_dataset(source, split)
-        try:
-            return self.read_dataset(source, "test")
-        except UserError:
-            return self.read_dataset(source, "train")
+        splits: list[str] = []
+        for name in ("test", "validation", "val", "dev"):
+            try:
+                return self.read_dataset(source, name)
+            except NoSuchSplit as error:
+                splits = error.splits
+        if len(splits) != 1:
+            raise ConfigError(
+                "data.dataset_test_split",
+                f"name the split to evaluate on; there are {', '.join(splits)}",
+            )
+        return self.read_dataset(source, splits[0])
 
     def _read_training_data(self, source: Any) -> PreferenceDataset:
         if self.data_config.online is None:
@@ -422,6 +446,10 @@ class Trainer:
             model_fingerprint=source.fingerprint(network),
             ref_fingerprint=None if other is None else other.source.fingerprint(other.network_name),
             vae_fingerprint=source.fingerprint("vae"),
+            scheduler_hash=value_hash(
+                [scheduler_facts(b.scheduler) for b in (self.backbone, other) if b is not None]
+            )[:16],
+            text_fingerprint=source.fingerprint(*self.backbone.encoders()),
             sampler_rule=self.sampler_rule,
             start_lora=self.start_lora,
             passed_in_python=[*passed, *(["callbacks"] if has_callbacks else [])],
@@ -692,6 +720,9 @@ class Trainer:
         A second call does nothing.
         """
         if self._ready:
+            keep_precision(self.accelerator, self.args.mixed_precision)
+            if self.borrowed is not None and self.borrowed.is_back:
+                self.borrowed.take(self.network)
             return
         args, data = self.args, self.data_config
         for name in ("cache_latents", "cache_text_embeddings"):
@@ -755,6 +786,18 @@ class Trainer:
         set_seed((args.seed + self.accelerator.process_index) % 2**32)
         self._ready = True
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Set up for a public verb. A pipeline of the user is given back after it."""
+        self.setup()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth and self.borrowed is not None:
+                self.borrowed.give_back(self.network)
+
     def _denoiser(self, forward: Any) -> Denoiser:
         args = self.args
         return Denoiser(
@@ -780,6 +823,7 @@ class Trainer:
         self.record.optimizer = type(optimizer).__name__
         choose_units(self.accelerator, self.network)
         self.prepared, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        keep_buffers(self.prepared)
         if self.reference_model is not None:
             self.reference_model.start()
         self.policy = self._denoiser(self.predictor(self.prepared))
@@ -815,10 +859,16 @@ class Trainer:
         elif resume_from_checkpoint is not None:
             resume = str(resume_from_checkpoint)
         with FolderLock(self.output_dir, "train.output_dir") as lock:
+            if self.state.global_step and resume is None:
+                raise UserError(
+                    f"train: this trainer has taken {self.state.global_step} steps; build a new "
+                    "one to train anew, or go on with resume_from_checkpoint=True"
+                )
             checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
             if checkpoint is not None:
                 self._take_sampler_rule(sampler_rule(checkpoint))
-            return self._train(checkpoint)
+            with self._working():
+                return self._train(checkpoint)
 
     def _take_sampler_rule(self, rule: int) -> None:
         """Draw trajectories by the rule of the resumed checkpoint."""
@@ -834,9 +884,9 @@ class Trainer:
             self.schedule.clip_range = None
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:
-        self.setup()
         # An earlier, interrupted call may have set them.
         self.control.should_training_stop = self.control.should_save = False
+        self._plan()
         self.checkpoints.clean()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:  # from here on the folder is known as this run's
@@ -874,6 +924,8 @@ class Trainer:
                 undone=undone,
                 resumed=checkpoint,
             )
+            if checkpoint is None:  # whatever drew from the global generators before
+                set_seed((self.args.seed + self.accelerator.process_index) % 2**32)
             fit(self, run, callbacks)
         if signals.received is None and run.paused_for is None:
             self.save_model(str(self.output_dir))
@@ -885,6 +937,18 @@ class Trainer:
         return TrainOutput(
             self.state.global_step, run.metrics, signals.received, run.paused_for, run.hacked_at
         )
+
+    def _plan(self) -> None:
+        """Follow settings of the length that changed since the optimizer was built."""
+        steps = planned_steps(self.args, self.data_pipeline)
+        if steps == self.state.max_steps:
+            return
+        self.state.max_steps = steps
+        if self.optimizers[1] is None:
+            optimizer = self.optimizer.optimizer
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            self.lr_scheduler = build_lr_scheduler(optimizer, self.args, steps)
 
     def _divergence_stage(self) -> StopOnDivergence:
         guard = DivergenceGuard(self.args.divergence_patience, self.accelerator.print)
@@ -956,7 +1020,8 @@ class Trainer:
             state=self.state,
             control=self.control,
             samples_per_step=data.global_batch,
-            rows=None if data.streaming else len(data.dataset),
+            rows=None if data.streaming else data.epoch_rows,
+            passes=self.args.gradient_accumulation_steps * self.passes_per_batch,
             after_update=functools.partial(self._update_average, parameters),
             window=self.window,
         )
@@ -1068,7 +1133,9 @@ class Trainer:
         Raises:
             ConfigError: There are no evaluation data.
         """
-        metrics = self.evaluation_metrics(self.evaluation_data(eval_dataset))
+        data = self.evaluation_data(eval_dataset)
+        with self._working():
+            metrics = self.evaluation_metrics(data)
         self._call("on_evaluate", metrics=metrics)
         return metrics
 
@@ -1111,19 +1178,18 @@ class Trainer:
         Args:
             output_dir (`str`, *optional*): Created if it does not exist. Defaults to
                 the folder of the run.
+
+        Raises:
+            UserError: The folder holds files that are not of a run.
         """
-        self.setup()
+        folder = self.output_dir
+        if output_dir is not None:
+            folder = Path(output_dir).expanduser()
+            check_savable(folder, self.output_dir)
         history = self.state.log_history
-        with self.averaged_weights():
+        with self._working(), self.averaged_weights():
             metrics = history[-1] if history else {}
-            save_model(
-                self.record,
-                self.accelerator,
-                self.trained,
-                self.prepared,
-                metrics,
-                self.output_dir if output_dir is None else Path(output_dir),
-            )
+            save_model(self.record, self.accelerator, self.trained, self.prepared, metrics, folder)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Put the averaged weights into the network while a block runs.
@@ -1132,8 +1198,14 @@ class Trainer:
         """
         return averaged(self.ema, self.network)
 
-    def push_to_hub(self) -> str | None:
+    def push_to_hub(self, commit_message: str | None = None) -> str | None:
         """Upload what `save_model` wrote, from the first process.
+
+        Saves first if the folder of the run holds no weights yet. All processes must
+        call this.
+
+        Args:
+            commit_message (`str`, *optional*): Of the upload.
 
         Returns:
             `str`, *optional*: Address on the Hub. None on the other processes.
@@ -1141,11 +1213,11 @@ class Trainer:
         Raises:
             ConfigError: The Hub refused the upload.
         """
-        return (
-            None
-            if process_rank() > 0
-            else push_to_hub(self.output_dir, self.hub_config or HubConfig())
-        )
+        if not holds_model(self.output_dir):
+            self.save_model()
+        if process_rank() > 0:
+            return None
+        return push_to_hub(self.output_dir, self.hub_config or HubConfig(), commit_message)
 
     def dry_run(self) -> dict[str, Any]:
         """Run one batch forward and backward without writing anything.
@@ -1155,22 +1227,34 @@ class Trainer:
             them.
         """
         started = time.perf_counter()
-        self.is_dry = True
-        self.setup()
-        check = FiniteCheck(self.state.global_step + 1)
-        batches = self.source.batches(self.data_pipeline, self.state.samples_seen)
-        for batch in self.micro_batches(self.prepare(next(batches))):
-            loss, _ = self.compute_loss(batch)
-            check.add(loss, batch)
-            self.accelerator.backward(loss.mean())
-        check.finish()
-        self.optimizer.zero_grad()
-        shape, seconds = tuple(batch.x0.shape[2:]), time.perf_counter() - started
+        with self._working():
+            loss, shape = self._dry_pass()
+        seconds = time.perf_counter() - started
         device, first = self.accelerator.device, float(loss.mean().detach())
         report = dry_run_report(self.record, self.notes, device, shape, first, seconds)
         for line in report["lines"]:
             self.accelerator.print(line)
         return report
+
+    def _dry_pass(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Run one batch. Returns the last loss and the shape of a latent."""
+        check = FiniteCheck(self.state.global_step + 1)
+        self.is_dry = True
+        # Rounds of drawn images are not used up.
+        before = {name: copy.copy(value) for name, value in vars(self.source).items()}
+        try:
+            with undisturbed():
+                batches = self.source.batches(self.data_pipeline, self.state.samples_seen)
+                for batch in self.micro_batches(self.prepare(next(batches))):
+                    loss, _ = self.compute_loss(batch)
+                    check.add(loss, batch)
+                    self.accelerator.backward(loss.mean())
+        finally:
+            self.is_dry = False
+            vars(self.source).update(before)
+        check.finish()
+        self.optimizer.zero_grad()
+        return loss, tuple(batch.x0.shape[2:])
 
     # Hooks of the user's callbacks ----------------------------------------------------
 

@@ -81,9 +81,9 @@ def test_a_worker_does_not_keep_the_lock_of_its_parent(tmp_path):
     if (parent := os.fork()) == 0:
         FolderLock(tmp_path / "out").take()
         if os.fork() == 0:
+            os.write(writer, b"x")
             time.sleep(60)  # a data-loader worker that outlives its parent
             os._exit(0)
-        os.write(writer, b"x")
         time.sleep(60)
         os._exit(0)
     os.read(reader, 1)

@@ -120,3 +120,27 @@ def test_mistakes_are_one_sentence(files: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"cannot be converted .*weights are missing"):
         load_backbone(str(files / "part.safetensors"), base=str(files / "base"))
     assert not list((files / "cache").glob("*/model_index.json"))
+
+
+def test_a_file_that_predicts_v_says_so(files: Path, capsys: pytest.CaptureFixture) -> None:
+    """By its marker tensors, as SDXL checkpoints of the community have them."""
+    state = load_file(files / "mine.safetensors")
+    save_file(state | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, files / "v.safetensors")
+    backbone = load_backbone(str(files / "v.safetensors"), base=str(files / "base"))
+    assert backbone.schedule.prediction_type == "v_prediction"
+    assert backbone.scheduler.config.rescale_betas_zero_snr
+    assert "the file says that it predicts v" in capsys.readouterr().out
+
+
+def test_a_base_that_changed_is_another_base(files: Path) -> None:
+    import json
+
+    file, base = str(files / "mine.safetensors"), files / "base"
+    load_backbone(file, base=str(base))
+    config = base / "scheduler" / "scheduler_config.json"
+    settings = json.loads(config.read_text()) | {"prediction_type": "v_prediction"}
+    config.write_text(json.dumps(settings))
+    changed = load_backbone(file, base=str(base))
+    assert changed.schedule.prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match="was converted with several bases"):
+        load_backbone(file)

@@ -310,9 +310,9 @@ def test_rows_of_weight_0_do_not_count(tmp_path: Path) -> None:
 
 
 def test_settings_without_an_effect_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="max_steps: a linear head is fitted to the end"):
+    with pytest.raises(ConfigError, match="max_steps: has no effect on a linear head"):
         RewardConfig(max_steps=5)
-    with pytest.raises(ConfigError, match="learning_rate: a linear head"):
+    with pytest.raises(ConfigError, match="learning_rate: has no effect on a linear head"):
         RewardConfig(learning_rate=5.0)
     assert RewardConfig(max_steps=5, hidden=8).max_steps == 5
     with pytest.raises(ConfigError, match="like_threshold: dataset .* has no ratings"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import brightness, build_pipeline, lora_config, make_trainer, next_batch
 
-from diffalign import GRPOConfig, register_scorer
+from diffalign import GRPOConfig, GRPOTrainer, register_scorer
 from diffalign.errors import ConfigError, UserError
 from diffalign.likelihood import flow_sde_step, gaussian_log_prob
 from diffalign.methods.grpo import grpo_loss, guard_log_ratios, step_kl, window_steps
@@ -361,10 +361,14 @@ def test_every_rule_trains_and_resumes(advantage: str, tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    config, scorers = lora_config(), {"scorers": brightness}
-    config.lora_dropout = 0.1
     with pytest.raises(ConfigError, match="lora.dropout: GRPO clips the ratio"):
-        make_trainer(tmp_path, "sd", "grpo", peft_config=config, options=scorers)
+        GRPOTrainer(
+            "shapes",
+            args=GRPOConfig(output_dir=str(tmp_path)),
+            train_dataset=[{"prompt": "a"}],
+            scorers=brightness,
+            peft_config=lora_config(dropout=0.1),
+        )
     with pytest.raises(ConfigError, match="images_per_prompt: 1 has nothing to be compared with"):
         GRPOConfig(images_per_prompt=1)
     assert GRPOConfig(images_per_prompt=1, advantage="ddpo").images_per_prompt == 1

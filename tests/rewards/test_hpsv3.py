@@ -104,7 +104,9 @@ def test_image_sizes(width: int, height: int, size: tuple[int, int]) -> None:
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
     scorer = load_scorer("hpsv3", model=str(folder), **HEAD)
     image, _ = tiny.samples()[0]
-    with pytest.raises(UserError, match=r"a prompt holds <\|Reward\|>, which the model reads"):
+    with pytest.raises(
+        UserError, match=r"a prompt holds <\|Reward\|>, a special token of the model"
+    ):
         scorer([image], ["a <|Reward|> cat"])
     with pytest.raises(UserError, match="model: .* does not fit Qwen/Qwen2-VL-7B-Instruct"):
         load_scorer("hpsv3", model=str(folder))  # the head of 7B

@@ -249,3 +249,34 @@ def test_scorers_load_in_several_threads_at_once():
 
 def test_the_public_names_are_exported():
     assert {"load_scorer", "list_scorers", "register_scorer"} <= set(diffalign.__all__)
+
+
+def test_a_scorer_that_was_written_again_in_a_notebook_is_another_scorer():
+    from diffalign import load_scorer
+
+    def cell(value: float) -> str:
+        code = (
+            "from diffalign import register_scorer\n"
+            "@register_scorer('written_again', requires=('image',), override=True)\n"
+            f"def written_again(images): return [{value}] * len(images)\n"
+        )
+        exec(compile(code, "/tmp/ipykernel_1/1.py", "exec"), {})
+        return load_scorer("written_again").fingerprint()
+
+    assert cell(1.0) == cell(1.0) != cell(2.0)
+
+    class Holder:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __repr__(self) -> str:
+            return f"Holder({self.value})"
+
+        def score(self, images):
+            return [self.value] * len(images)
+
+    prints = []
+    for value in (1.0, 2.0):
+        register_scorer("held", requires=("image",), override=True)(Holder(value).score)
+        prints.append(load_scorer("held").fingerprint())
+    assert prints[0] != prints[1]

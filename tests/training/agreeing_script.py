@@ -111,6 +111,7 @@ def online(folder: Path) -> None:
 def votes(folder: Path) -> None:
     """Votes that come while the processes ask for them, and unreadable votes."""
     options = {"method": "d3po", "peft_config": lora_config(), "max_steps": 1, "feedback": "people"}
+    options["options"] = {"scorers": None}
     trainer = make_trainer(folder / "votes", **options)
     output = trainer.train()
     there = output.waiting_for

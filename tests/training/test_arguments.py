@@ -35,7 +35,7 @@ def test_callbacks_may_be_one_many_or_a_class(form: str, tmp_path: Path) -> None
 
 
 def test_a_callback_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="callbacks: expected TrainerCallback, got int"):
+    with pytest.raises(ConfigError, match="callbacks: expected diffalign.TrainerCallback, got int"):
         trainer_of(tmp_path, callbacks=[3])
 
 

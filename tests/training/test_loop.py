@@ -200,6 +200,7 @@ def test_bf16_keeps_trainable_weights_and_errors_in_float32(
         per_device_train_batch_size=2,
     )
     trainer.train()
+    trainer.setup()  # takes the pipeline again
     assert {tensor.dtype for tensor in trained_tensors(trainer).values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in trained_tensors(trainer).values())
     base = {p.dtype for n, p in trainer.network.named_parameters() if not p.requires_grad}
@@ -399,6 +400,7 @@ def test_evaluate_is_finite_and_reproducible(tmp_path: Path) -> None:
         math.isfinite(first[name])
         for name in ("eval/loss", "eval/rewards/accuracies", "eval/change/chosen")
     )
+    trainer.setup()
     assert trainer.network.training
     trainer.args.per_device_train_batch_size = 1
     one_by_one = trainer.evaluate(pair_rows(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -36,6 +37,33 @@ def _of_present(function: Any, images: Sequence[MaybeImage], prompts: Sequence[s
     scores = torch.full((len(images), *values.shape[1:]), float("nan"), dtype=torch.float64)
     scores[places] = values
     return scores
+
+
+def _by_name(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """Call a user's function by the names of its arguments, and read None as NaN.
+
+    Arguments that are not called `images` and `prompts` are given in this order.
+    """
+    from ...rewards.registry import positional_count
+
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built in, without a signature
+        return function
+    names = [p.name for p in parameters]
+    positional = positional_count(parameters, 2)
+
+    def called(images: Any, prompts: Any) -> Any:
+        given = {"images": images, "prompts": prompts}
+        if "images" in names or "prompts" in names:
+            values = function(**{name: given[name] for name in names if name in given})
+        else:
+            values = function(*[images, prompts][:positional])
+        if isinstance(values, (list, tuple)):
+            values = [float("nan") if value is None else value for value in values]
+        return values
+
+    return called
 
 
 class RewardFunction:
@@ -76,16 +104,20 @@ class RewardFunction:
 
     @staticmethod
     def _member(scorer: Any, device: torch.device | str | None) -> Any:
+        from ...rewards.base import Scorer
         from ...rewards.registry import load_scorer
 
         if isinstance(scorer, str):
             return load_scorer(scorer, device=device)
-        if not callable(scorer):
-            raise ConfigError(
-                "scorers",
-                f"expected scorers, their names or functions, got {type(scorer).__name__}",
-            )
-        return scorer
+        if isinstance(scorer, type) and callable(scorer):
+            scorer = scorer()
+        if isinstance(scorer, Scorer):
+            return scorer
+        if callable(scorer):
+            return _by_name(scorer)
+        raise ConfigError(
+            "scorers", f"expected scorers, their names or functions, got {type(scorer).__name__}"
+        )
 
     def __call__(self, images: Sequence[MaybeImage], prompts: Sequence[str]) -> Tensor:
         """Score images.
