@@ -66,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ask_reward",
         type=Path,
-        help="an ensemble of diffalign reward train (train.members): of four pairs, the one on "
-        "which its members disagree most is voted on",
+        help="an ensemble of diffalign reward train (train.members), or a reward with users "
+        "(train.head: pal): of four pairs, the one on which its members or users disagree most is "
+        "voted on",
     )
     parser.add_argument(
         "--gallery_dir",

@@ -13,11 +13,13 @@ from .votes import Pair
 
 
 class Doubt:
-    """The disagreement of an ensemble about pairs.
+    """The disagreement about pairs of an ensemble's members or of a PAL reward's users.
+
+    What the users disagree about tells soonest whom of them a new user is like.
 
     Args:
         folder (`Path`): A reward of `diffalign reward train` with `train.members` of 2
-            or more.
+            or more, or with users (`train.head: pal`).
         device (`str`, *optional*): Where it runs.
 
     Raises:
@@ -31,21 +33,29 @@ class Doubt:
                 "folder"
             )
         scorer = load_scorer(str(folder), device=device)
-        if not isinstance(scorer, TrainedReward) or scorer.facts["head"].get("members", 1) < 2:
+        if not isinstance(scorer, TrainedReward) or _opinions(scorer) < 2:
             raise UserError(
                 f"--ask_reward: {str(folder)!r} has one member, which cannot disagree; train it "
-                "with train.members: 4"
+                "with train.members: 4, or with train.head: pal for users of different tastes"
             )
         self.scorer = scorer
 
     def choose(self, pairs: Sequence[Pair]) -> Pair:
-        """Return the pair on which the members disagree most.
+        """Return the pair on which the members or users disagree most.
 
         Args:
             pairs (`Sequence[Pair]`): At least one.
         """
         images = [image for pair in pairs for image in pair.images]
         prompts = [pair.prompt for pair in pairs for _ in pair.images]
-        scores = self.scorer.member_scores(images, prompts)
+        by_user = self.scorer.facts["head"]["kind"] == "pal"
+        opinions = self.scorer.user_scores if by_user else self.scorer.member_scores
+        scores = opinions(images, prompts)
         doubts = disagreement(scores[0::2] - scores[1::2])
         return pairs[int(doubts.argmax())]
+
+
+def _opinions(reward: TrainedReward) -> int:
+    """Return the number of members, or of users who trained it."""
+    head = reward.facts["head"]
+    return int(head.get("trained_users" if head["kind"] == "pal" else "members", 1))

@@ -14,6 +14,7 @@ from tiny import picture
 from diffalign.errors import UserError
 from diffalign.evaluation.compare import read_models
 from diffalign.reward_training import RewardTrainer
+from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
 from diffalign.shapes import lora_dir
 from diffalign.shapes.prompts import train_prompts
@@ -80,3 +81,25 @@ def test_rewards_that_cannot_disagree(tmp_path: Path) -> None:
     RewardTrainer("shapes-clip", config(tmp_path / "one"), rows(40)).train()
     with pytest.raises(UserError, match="cannot disagree"):
         Doubt(tmp_path / "one")
+
+
+def test_users_of_a_reward_disagree(tmp_path: Path) -> None:
+    data = [
+        row
+        for number in range(6)
+        for row in rows(12, number % 2 == 0, f"user {number}", first=12 * number)
+    ]
+    args = config(tmp_path / "pal", head="pal", seed=1, split_seed=1)
+    doubt = Doubt(RewardTrainer("shapes-clip", args, data).train(), "cpu")
+    users = [load_scorer(str(tmp_path / "pal"), user=f"user {i}", device="cpu") for i in range(6)]
+    pairs, margins = [], []
+    for i, (left, right) in enumerate([(120, 121), (205, 55), (60, 60)]):
+        images = picture(left, i, 64), picture(right, 50 + i, 64)
+        pairs.append(Pair(str(i), "a small red circle number 3", images, ("a", "b"), {}))
+        scores = torch.stack([user(list(images), [pairs[-1].prompt] * 2) for user in users], 1)
+        by_user = doubt.scorer.user_scores(list(images), [pairs[-1].prompt] * 2)
+        assert torch.allclose(by_user, scores, atol=1e-4)
+        margins.append(scores[0] - scores[1])
+    assert (margins[1].sign() == torch.tensor([1, -1] * 3)).all()
+    assert int(disagreement(torch.stack(margins)).argmax()) == 1
+    assert doubt.choose(pairs).id == "1"

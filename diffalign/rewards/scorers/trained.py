@@ -292,6 +292,31 @@ class TrainedReward(ModelScorer):
         base, image, text = self._features(images, list(prompts))
         return self.temperature * self.members(image, text, base).cpu()
 
+    @torch.no_grad()
+    def user_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Score images as each user of the training data would.
+
+        Args:
+            images: n images in any form that `Scorer.score` takes.
+            prompts (list of `str`): one per image.
+
+        Returns:
+            `Tensor`: (n, users), on the CPU.
+
+        Raises:
+            UserError: the reward has no users.
+        """
+        if not isinstance(self.head, PalHead):
+            raise UserError(f"{self.folder} is a reward without users")
+        _, image, text = self._features(images, list(prompts))
+        return self.temperature * self._by_user(self.head, image, text).cpu()
+
+    def _by_user(self, head: PalHead, image: Tensor, text: Tensor) -> Tensor:
+        # Of those who trained it: users who are added later change no score of others.
+        shares = head.logits.softmax(1)[: self.facts["head"]["trained_users"]]
+        columns = [head.score(image, text, row.expand(len(image), -1)) for row in shares]
+        return torch.stack(columns, 1)
+
     def members(self, image: Tensor, text: Tensor, base: Tensor) -> Tensor:
         """Return the scores by every member, (n, members)."""
         if isinstance(self.head, RewardHead):
@@ -299,11 +324,7 @@ class TrainedReward(ModelScorer):
         assert isinstance(self.head, PalHead)
         if self.weights is not None:
             return self.head.score(image, text, self.weights.expand(len(image), -1))[:, None]
-        shares = self.head.logits.softmax(1)
-        # Of those who trained it: users who are added later change no score of others.
-        shares = shares[: self.facts["head"]["trained_users"]]
-        everyone = [self.head.score(image, text, row.expand(len(image), -1)) for row in shares]
-        return torch.stack(everyone, 1).min(1).values[:, None]
+        return self._by_user(self.head, image, text).min(1).values[:, None]
 
 
 def check_name(name: str, field: str) -> None:
