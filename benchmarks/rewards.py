@@ -16,8 +16,9 @@ as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
 (`configs/reward/shapes_clip.yaml`) and its data, from other seeds. *People*: 20
 people give 60 votes each. u is the share of right attributes times 0.8, plus a taste of
 0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
-other. One reward for all, against PAL with two prototypes, for each person's own u. A
-new person gives 8 votes.
+other. One reward for all, against PAL with two prototypes, for each person's own u.
+Twelve new people give 2 to 16 votes, on random pairs or each on that of four pairs on
+which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or those on
@@ -46,7 +47,7 @@ from diffalign.reward_training.fit import Pairs, margins_of, pal_margins
 from diffalign.reward_training.judgements import Judgements
 from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
-from diffalign.rewards.learned.pal import fit_user, likely_user
+from diffalign.rewards.learned.pal import fit_new_user
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.tokenizer import build_tokenizer
 
@@ -248,7 +249,8 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
     noise = np.random.default_rng(100 + seed)
     first, second = world.pairs(False)
     users, votes = 20, 60
-    signs = np.where(np.arange(users + 6) % 2, -1.0, 1.0)
+    newcomers = range(users, users + 12)
+    signs = np.where(np.arange(users + len(newcomers)) % 2, -1.0, 1.0)
 
     def utility(user: int) -> Array:
         return world.right / 5 * 0.8 + signs[user] * taste * world.style
@@ -259,7 +261,6 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
         return first[rows], second[rows], drawn_labels(u[first[rows]] - u[second[rows]], noise)
 
     parts = [vote(user, votes) for user in range(users)]
-    new_people = {user: vote(user, 8) for user in range(users, users + 6)}
     a, b, label = (np.concatenate([part[i] for part in parts]) for i in range(3))
     names = [f"user {i}" for i in range(users)]
     judges = np.repeat(np.arange(users), votes)
@@ -275,7 +276,6 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
         "one reward",
         "one reward per group, if the groups were known",
         "PAL",
-        "new person, 8 votes",
         "share of people in the right group",
     )
     found: dict[str, list[float]] = {row: [] for row in rows}
@@ -290,18 +290,34 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
             (rows[2], pal_margins(pal, pairs)),
         ):
             found[row].append(right_share(margins, lead, world.prompt[x]))
-    for user, few_votes in new_people.items():
-        few = trainer._pairs(world.judged(*few_votes), world.features)
+    found[rows[3]] = [max(agrees, 1 - agrees)]
+    logits = pal.logits.detach()
+
+    def margins_for(shares: torch.Tensor, of: Pairs) -> torch.Tensor:
+        rows = shares.expand(len(of), -1)
         with torch.no_grad():
-            sides = [pal.prototype_scores(image, few.text) for image in (few.first, few.second)]
-            each = sides[0] - sides[1]
-            sign = torch.where(few.label > 0.5, 1.0, -1.0).double()
-        logits = fit_user(each, sign, 1.0, likely_user(each, sign, pal.logits.detach()))
-        share = logits.softmax(0).expand(len(pairs), -1)
-        scores = [pal.score(image, pairs.text, share) for image in (pairs.first, pairs.second)]
-        lead = utility(user)[x] - utility(user)[y]
-        found[rows[3]].append(right_share(scores[0] - scores[1], lead, world.prompt[x]))
-    found[rows[4]] = [max(agrees, 1 - agrees)]
+            return pal.score(of.first, of.text, rows) - pal.score(of.second, of.text, rows)
+
+    pool = trainer._pairs(world.judged(first, second, np.ones(len(first))), world.features)
+    by_prototype = torch.stack([margins_for(row, pool) for row in torch.eye(2).double()], 1)
+    by_person = torch.stack([margins_for(row, pool) for row in logits.softmax(1)], 1)
+    doubts = disagreement(by_person).numpy()
+    for user in newcomers:
+        u = utility(user)
+        answers = drawn_labels(u[first] - u[second], noise)
+        signed = torch.from_numpy(np.where(answers > 0.5, 1.0, -1.0))
+        fours = noise.permutation(len(first))[: 4 * 16].reshape(16, 4)
+        for name, asked in (
+            ("random pairs", fours[:, 0]),
+            ("pairs of disagreement", fours[np.arange(16), doubts[fours].argmax(1)]),
+        ):
+            for count in (2, 4, 8, 16):
+                shown = asked[:count]
+                person = fit_new_user(by_prototype[shown], signed[shown], logits)
+                share = right_share(
+                    margins_for(person.softmax(0), pairs), u[x] - u[y], world.prompt[x]
+                )
+                found.setdefault(f"new person, {count} votes, {name}", []).append(share)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
