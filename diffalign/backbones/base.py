@@ -23,6 +23,10 @@ from .loading import ModelSource
 ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
+_PIXELS_AT_ONCE = 1024 * 1024
+"""Pixels that go through an autoencoder together."""
+
+
 class Backbone:
     """A model family: encodes images and prompts, and calls its network.
 
@@ -418,9 +422,32 @@ class Backbone:
         """
         return latents
 
+    def check_lora(self) -> None:
+        """Check that a LoRA of this family can be used.
+
+        Raises:
+            ConfigError: diffusers cannot load one.
+        """
+        if not self.supports_lora:
+            raise ConfigError(
+                "lora",
+                f"diffusers cannot load a LoRA into a {self.source.pipeline_class_name}; leave "
+                "lora out to train all weights",
+            )
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """Return how many images go through the autoencoder together.
+
+        Its activations take about 2.5 GiB for a million pixels in float32.
+
+        Args:
+            height, width (`int`): of the images, in pixels.
+        """
+        return max(1, _PIXELS_AT_ONCE // (height * width))
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images into latent distributions.
+        """Encode images into latent distributions, some at a time.
 
         Args:
             pixels (`Tensor`): (n, 3, H, W) in [-1, 1].
@@ -430,6 +457,12 @@ class Backbone:
             posterior, each (n, C, h, w) float32. The deviation is 0 where the family's
             autoencoder has no posterior.
         """
+        parts = pixels.split(self.images_at_once(*pixels.shape[-2:]))
+        mean, std = zip(*(self.posterior(part) for part in parts), strict=True)
+        return torch.cat(mean), torch.cat(std)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images together. Arguments and results as for `encode_images`."""
         vae = self.component("vae")
         with own_precision(vae):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -448,9 +481,12 @@ class Backbone:
         Returns:
             `list`: n PIL images, `Missing` where pixels are not finite.
         """
-        vae = self.component("vae")
+        vae, scale = self.component("vae"), self.vae_scale
+        height, width = latents.shape[-2:]
+        parts = latents.split(self.images_at_once(height * scale, width * scale))
         with own_precision(vae):
-            return to_images(self.pixels(vae, latents.to(vae.device)).float())
+            pixels = [self.pixels(vae, part.to(vae.device)).float() for part in parts]
+        return to_images(torch.cat(pixels))
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Decode latents into pixels, with a gradient.

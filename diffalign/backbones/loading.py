@@ -143,7 +143,7 @@ class ModelSource:
             raise ConfigError(
                 "model",
                 f"{self.name!r} is no diffusers pipeline: its model_index.json names no "
-                "_class_name",
+                "_class_name; give a folder that save_pretrained of a pipeline wrote",
             )
         return index
 

@@ -73,9 +73,8 @@ class QwenImageBackbone(FlowTransformerBackbone):
         frames = (latents * std + mean).unsqueeze(2)
         return vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0]
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images as one frame, see `Backbone.encode_images`."""
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images as one frame, see `Backbone.posterior`."""
         vae = self.component("vae")
         posterior = vae.encode(pixels.unsqueeze(2).to(vae.device, vae.dtype)).latent_dist
         return (

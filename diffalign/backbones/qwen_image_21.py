@@ -99,10 +99,9 @@ class QwenImage21Backbone(QwenImageBackbone):
         tokens = output[:, -height * width :]  # the text is in front of the image
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode opaque images, see `Backbone.encode_images`."""
-        return super().encode_images(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode opaque images, see `Backbone.posterior`."""
+        return super().posterior(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
 
     @staticmethod
     def pixels(vae: Any, latents: Tensor) -> Tensor:

@@ -40,9 +40,8 @@ class SanaBackbone(Backbone):
         latents = latents.to(vae.dtype) / vae.config.scaling_factor
         return vae.decode(latents, return_dict=False)[0]
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images, see `Backbone.encode_images`. The deviation is 0."""
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images, see `Backbone.posterior`. The deviation is 0."""
         vae = self.component("vae")
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent
         mean = self.normalised(vae, latents.float())

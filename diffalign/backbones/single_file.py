@@ -24,6 +24,7 @@ from ..runtime.weight_files import explained, loading_errors, read_header, what_
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _ONE_OF_UNET = "model.diffusion_model.input_blocks."
 _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.")
+_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_2", ".scale_input", ".input_scale")
 _AUTOENCODER = ("first_stage_model.", "vae.")
 
 
@@ -106,7 +107,15 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     reason = what_is_wrong(path)
     if reason is not None:
         raise ConfigError("model", f"{str(path)!r} {reason}")
-    return read_header(path).shapes
+    shapes = read_header(path).shapes
+    scaled = [name for name in shapes if name == "scaled_fp8" or name.endswith(_SCALES)]
+    if scaled:
+        raise ConfigError(
+            "model",
+            f"{str(path)!r} is quantised with scales ({scaled[0]!r}), which diffusers does not "
+            "read; take the file in bf16, fp16 or plain fp8",
+        )
+    return shapes
 
 
 def _kind(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:

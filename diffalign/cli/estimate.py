@@ -12,13 +12,24 @@ from typing import Any
 from ..backbones import Backbone, load_backbone
 from ..config.ranges import count
 from ..config.yaml_text import read_yaml_file
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..methods import trainer_class
 from ..recipe import RunConfig, load_run
+from ..training.data_pipeline import build_transform
 from ..training.estimate import CONTEXT, GIB, Estimate, Layout, advice, estimate, gpu_memory
+from ..training.memory import check_combinations
+from ..training.online.on_policy import OnPolicyConfig
+from ..training.online.trajectory_trainer import TrajectoryConfig
+from ..training.start_lora import read_start_lora
 from .launch import accelerate_config
 from .results import Result
 
+UNKNOWN = {
+    "ctrl_u": "it trains a ControlNet beside the frozen network",
+    "ppd": "it trains an adapter for users in the frozen network",
+    "reward_backprop": "it keeps several passes of the sampler, the autoencoder and the scorer",
+}
+"""Methods that train something else than a step of the network."""
 LIST_LENGTH = 4
 """Images of a ranked list, where only the data could tell."""
 
@@ -128,8 +139,18 @@ def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
     Raises:
         UserError: The model's configs cannot be read, or its family is not known here.
     """
+    if run.method in UNKNOWN:
+        raise ConfigError("method", f"{run.method} has no estimate yet: {UNKNOWN[run.method]}")
     backbone = _backbone(run)
     trainer, args, data = trainer_class(run.method), run.train, run.data
+    peft_config = None
+    if run.lora is not None:
+        backbone.check_lora()
+        peft_config = run.lora.to_peft()
+        if run.lora.start_from:
+            peft_config = read_start_lora(run.lora.start_from, backbone, 0.0).config
+    check_combinations(args, peft_config)
+    sizes = build_transform(data, backbone).sizes
     kinds = {
         "pair": 2,
         "ranked": LIST_LENGTH,
@@ -138,24 +159,31 @@ def estimate_run(run: RunConfig, layout: Layout | None = None) -> Estimate:
         "single": 1,
         "prompt": 1,
     }
-    images = getattr(args, "images_per_prompt", None) or kinds[trainer.data_kind]
-    side = data.resolution or backbone.default_resolution
-    size = side if isinstance(side, tuple) else (side, side)
-    if data.aspect_ratio_buckets:
-        buckets = [tuple(map(int, b.split(","))) for b in data.aspect_ratio_buckets.split(";")]
-        size = max(buckets, key=lambda bucket: bucket[0] * bucket[1])  # type: ignore[assignment]
+    images = kinds[trainer.data_kind]
+    if data.online is not None and trainer.data_kind == "ranked":
+        images = data.online.k
+    if isinstance(args, OnPolicyConfig):
+        images = 1 if run.method == "spo" else args.images_per_prompt
+    if isinstance(args, TrajectoryConfig) and backbone.guidance_rule.active(args.guidance_scale):
+        images *= 2  # steps are trained with guidance, whose two branches are one pass
     with _quiet():
         return estimate(
             backbone,
             args,
-            run.lora.to_peft() if run.lora is not None else None,
+            peft_config,
             images_per_group=images,
             has_reference=not trainer.reference_free,
-            size=size,
-            caches_latents=bool(data.cache_latents),
+            size=max(sizes, key=lambda size: size[0] * size[1]),
+            caches_latents=bool(data.cache_latents) and not _draws(run),
             caches_prompts=bool(data.cache_text_embeddings),
+            other_reference=run.ref_model is not None,
             layout=layout,
         )
+
+
+def _draws(run: RunConfig) -> bool:
+    """Whether the images that train are drawn, and decoded in every round."""
+    return run.data.online is not None or trainer_class(run.method).data_kind == "prompt"
 
 
 def _backbone(run: RunConfig) -> Backbone:
@@ -197,7 +225,10 @@ def lines(run: RunConfig, result: Estimate, num_gpus: int) -> list[str]:
     ]
     for name, size in result.bytes.items():
         text.append(f"  {name:<40} {size / GIB:8.2f} GiB")
-    return [*text, f"  {'together':<40} {result.peak / GIB:8.2f} GiB"]
+    text.append(f"  {'together':<40} {result.peak / GIB:8.2f} GiB")
+    if _draws(run) or run.method == "seppo":
+        text.append("not counted: drawing and decoding images, and the scorers' own networks")
+    return text
 
 
 def alternatives(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -219,14 +250,18 @@ def alternatives(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     if lora is None:
         from ..training.sections import LoraSection
 
-        yield "lora: {r: 16}", replace(run, lora=LoraSection())
+        if _backbone(run).supports_lora:
+            yield "lora: {r: 16}", replace(run, lora=LoraSection())
     elif not args.quantization and not args.layerwise_casting and not lora.use_dora:
         yield "train.quantization: nf4", trained(quantization="nf4")
-        yield "train.layerwise_casting: true", trained(layerwise_casting=True)
+        words = "train.layerwise_casting: true"
+        if not args.gradient_checkpointing:  # alone it keeps copies for the backward pass
+            words += " with train.gradient_checkpointing: true"
+        yield words, trained(layerwise_casting=True, gradient_checkpointing=True)
     if not data.cache_text_embeddings:
         cached = replace(data, cache_text_embeddings="cache")
         yield "data.cache_text_embeddings: FOLDER", replace(run, data=cached)
-    if not data.cache_latents and not data.online:
+    if not data.cache_latents and not _draws(run):
         yield "data.cache_latents: FOLDER", replace(run, data=replace(data, cache_latents="cache"))
     if args.offload == "none":
         yield "train.offload: group", trained(offload="group")

@@ -40,9 +40,10 @@ class OnlineConfig:
     """Steps of the sampler."""
     guidance_scale: float = 5.0
     """Classifier-free guidance while sampling."""
-    eta: Annotated[float, Range(0.0, 10.0)] = 1.0
+    eta: Annotated[float, Range(0.0, 10.0)] | None = None
     """Stochasticity of the sampler's steps. 0 is deterministic; the images then differ
-    by their initial noise."""
+    by their initial noise. By default 1 for models that predict noise or v, and 0 for
+    flow matching, whose stochastic steps leave noise in the images."""
     rollout_batch_size: BatchSize = 8
     """Images sampled at once."""
 

@@ -107,7 +107,6 @@ _RAPIDATA = tuple(
     for axis in ("preference", "coherence", "alignment")
     for name in ("weighted_results_image1", "weighted_results_image2", "detailed_results")
 )
-_LISTED_IMAGES = ("images",)
 _VOTED: dict[str, tuple[str, ...]] = {"prompt": _PROMPT, "jpg_0": ("image1",), "jpg_1": ("image2",)}
 
 # Columns may fit several layouts. The first that fits is taken, so the order is from

@@ -15,7 +15,7 @@ from .votes import Pair
 class Doubt:
     """The disagreement about pairs of an ensemble's members or of a PAL reward's users.
 
-    What the users disagree about tells soonest whom of them a new user is like.
+    Pairs on which known users disagree show soonest which of them a new user resembles.
 
     Args:
         folder (`Path`): A reward of `diffalign reward train` with `train.members` of 2
@@ -49,8 +49,8 @@ class Doubt:
         images = [image for pair in pairs for image in pair.images]
         prompts = [pair.prompt for pair in pairs for _ in pair.images]
         by_user = self.scorer.facts["head"]["kind"] == "pal"
-        opinions = self.scorer.user_scores if by_user else self.scorer.member_scores
-        scores = opinions(images, prompts)
+        score = self.scorer.user_scores if by_user else self.scorer.member_scores
+        scores = score(images, prompts)
         doubts = disagreement(scores[0::2] - scores[1::2])
         return pairs[int(doubts.argmax())]
 

@@ -41,7 +41,9 @@ class Liking:
         self.prompts, self.models = list(prompts), list(models)
         self.pending = Pending()
         if not self.prompts:
-            raise UserError("--prompts: there is none to judge")
+            raise UserError(
+                "--prompts: the list is empty; name a prompt set or a file with a prompt per line"
+            )
 
     def new_image(self, visitor: str) -> Shown:
         """Draw a visitor's next image, and remember it until its thumb.

@@ -85,7 +85,9 @@ class Voting:
         self._decided: dict[str, list[tuple[str, str, str]]] = {}
         self._lock = threading.Lock()
         if not self.prompts and not self.from_round:
-            raise UserError("--prompts: there are no prompts to vote on")
+            raise UserError(
+                "--prompts: the list is empty; name a prompt set or a file with a prompt per line"
+            )
 
     @property
     def from_round(self) -> bool:

@@ -46,8 +46,8 @@ def check_prompts(count: int, field: str = "prompts") -> None:
     if count < LEAST_PROMPTS:
         raise ConfigError(
             field,
-            "the best guidance is chosen on one half of them and reported on the other, which "
-            f"needs at least {LEAST_PROMPTS}, got {count}",
+            f"expected at least {LEAST_PROMPTS} prompts, got {count}: one half chooses the best "
+            "guidance, and the other half is reported",
         )
 
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -70,9 +70,11 @@ class ModelService:
         batch_size (`int`, *optional*, defaults to `8`): Images per forward pass.
     """
 
+    # While diffusers loads a LoRA, every thread makes modules without values.
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
     def __init__(self, pipe: LoraPipeline, name: str, batch_size: int = 8) -> None:
         self.pipe, self.name, self.batch_size = pipe, name, batch_size
-        self.lock = threading.Lock()
         self.active: dict[str, Any] | None = None
         self._loaded = ExitStack()
 

@@ -131,7 +131,7 @@ class Users:
         if self.embeddings == "table":
             return self.weights_of_pairs(pairs, seed=seed)
         if not pairs:
-            raise UserError("user_pairs: there is no pair")
+            raise UserError("user_pairs: expected at least one pair, got none")
         if self._embedder is None:
             self._embedder = load_user_embedder(self.embeddings)
         embedder = self._embedder
@@ -165,7 +165,7 @@ class Users:
             UserError: There is no pair, or the adapter knows no users.
         """
         if not pairs:
-            raise UserError("user_pairs: there is no pair")
+            raise UserError("user_pairs: expected at least one pair, got none")
         if not self.names:
             raise UserError("user_adapter: it knows no users to mix")
         names = self.names

@@ -350,7 +350,7 @@ def cps_step(
 
 
 def unscaled_log_prob(sample: Tensor, mean: Tensor) -> Tensor:
-    """Compute what stands for the log-probability of a step of CPS.
+    """Compute the surrogate log-probability of a step of CPS.
 
     The published code leaves out the variance, so that all steps have gradients of one
     size.

@@ -82,7 +82,7 @@ class AWMConfig(ForwardProcessConfig):
     times_per_image: Count = 6
     """Times at which each drawn image is trained, one from each equal part of the
     sampler's first nine tenths without the very first. Source: official run files, 6 of
-    14 steps."""
+    14 steps; those of PickScore include the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class AWMConfig(ForwardProcessConfig):
 
 
 def awm_log_probs(errors: Tensor, fractions: Tensor, weighting: str = "ghuber") -> Tensor:
-    """Compute what stands for the log-probability of a sample (paper, section 4).
+    """Compute the surrogate log-probability of a sample (paper, section 4).
 
     Args:
         errors (`Tensor`): l, mean squared error at a noised copy, (n,).
@@ -268,10 +268,11 @@ class AWMTrainer(ForwardProcessTrainer):
         """Return at how many times an image is trained."""
         return self.args.times_per_image
 
-    def step_order(self, batch: Batch, steps: int) -> Tensor:
+    def step_order(self, batch: Batch, steps: int, stream: str = "") -> Tensor:
         """Draw the times of each group, one from each part of the sampler's times."""
         count = self.args.times_per_image
-        uniforms = [torch.rand(count, generator=g) for g in batch.generators("step-order")]
+        generators = batch.generators(f"step-order{stream}")
+        uniforms = [torch.rand(count, generator=g) for g in generators]
         return stratified_steps(steps, count, torch.stack(uniforms))
 
     def begin_round(self, number: int) -> None:

@@ -251,10 +251,11 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         """Return at how many times an image is trained."""
         return self.args.times_per_image or trained_times(steps)
 
-    def step_order(self, batch: Batch, steps: int) -> Tensor:
+    def step_order(self, batch: Batch, steps: int, stream: str = "") -> Tensor:
         """Draw the times of each group at random, without repetition."""
         count = trained_times(steps)
-        orders = [torch.randperm(count, generator=g) for g in batch.generators("step-order")]
+        generators = batch.generators(f"step-order{stream}")
+        orders = [torch.randperm(count, generator=g) for g in generators]
         return torch.stack(orders)[:, : self.trained_steps(steps)]
 
     def on_optimizer_step(self, step: int) -> None:

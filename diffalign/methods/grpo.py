@@ -122,7 +122,9 @@ class GRPOConfig(AdvantageConfig, TrajectoryConfig):
             raise ConfigError("ratio", "guard needs a variance, which cps leaves out; give plain")
         if self.reduce == "sum" and (self.ratio == "guard" or self.dynamics == "cps"):
             raise ConfigError(
-                "reduce", "ratio: guard and dynamics: cps are means by definition; give mean"
+                "reduce",
+                "sum cannot be combined with ratio: guard or dynamics: cps, which average over a "
+                "latent; set it to mean",
             )
         if self.dynamics == "cps" and self.eta > 1:
             raise ConfigError("eta", f"expected a number from 0 to 1 for cps, got {self.eta:g}")

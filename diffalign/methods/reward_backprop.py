@@ -51,6 +51,7 @@ from ..training.config import TrainingConfig
 from ..training.data_pipeline import DataPipeline, as_preferences
 from ..training.memory import refuse_offload
 from ..training.online.differentiable_reward import DifferentiableReward
+from ..training.online.on_policy import DRAWN_PROMPTS_TRAIN
 from ..training.online.policy_sampler import sample_scores
 from ..training.online.reward_function import RewardFunction
 from ..training.online.rollout import SamplerConfig, guide, sampling_mode, transition
@@ -128,6 +129,8 @@ class RewardBackpropConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.proportion_empty_prompts:
+            raise ConfigError("proportion_empty_prompts", DRAWN_PROMPTS_TRAIN)
         if self.mode == "draft_k" and self.live_steps > self.num_inference_steps:
             raise ConfigError(
                 "live_steps",
@@ -550,7 +553,11 @@ class RewardBackpropTrainer(Trainer):
         """
         args = self.args
         config = SamplerConfig(
-            args.num_inference_steps, self.guidance_scale, args.eta, args.rollout_batch_size
+            args.num_inference_steps,
+            self.guidance_scale,
+            args.eta,
+            args.rollout_batch_size,
+            keep="final",
         )
         sampler = self.policy_sampler(config, "evaluation")
         function = self.reward.function

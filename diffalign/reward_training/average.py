@@ -176,7 +176,7 @@ def _write(
 
 def _check_members(places: list[Path], facts: list[dict[str, Any]]) -> None:
     if len(places) < 2:
-        raise UserError("an average needs two rewards or more")
+        raise UserError(f"folders: expected at least 2 rewards, got {len(places)}")
     for place, each in zip(places, facts, strict=True):
         if "towers" not in each:
             raise UserError(
@@ -258,12 +258,16 @@ def _state(member: TrainedReward) -> dict[str, Tensor]:
     """The weights of a member by name, a LoRA merged, and its factor."""
     head = member.head
     if not isinstance(head, FactorHead):
-        raise ConfigError("folders", f"{member.folder} has a head of its own")
+        raise ConfigError(
+            "folders",
+            f"{member.folder} has a head that cannot be averaged; give rewards with train.towers: "
+            "lora or full",
+        )
     state = {
         name: parameter.detach().cpu().clone().contiguous()
         for name, parameter in tower_list(member.base).named_parameters()
     }
-    # The temperature belongs to the factor, for members are mixed as they score.
+    # Members are averaged on the scale of their final scores.
     temperature = torch.tensor(member.temperature)
     return state | {"factor": head.log_factor.detach().cpu() + temperature.log()}
 

@@ -120,7 +120,9 @@ def embed(scorer: Any, judgements: Judgements, cache: Path | None) -> Features:
         if len(broken):
             index = int(broken[0])
             what = judgements.images[index] if name == "image" else judgements.prompts[index]
-            raise UserError(f"the embedding of the {name} {what[:60]!r} is not finite")
+            raise UserError(
+                f"data: the embedding of the {name} {what[:60]!r} is not finite; leave it out"
+            )
     return features
 
 
@@ -164,7 +166,10 @@ def _embed_jointly(scorer: Any, judgements: Judgements, cache: Path | None) -> F
     broken = (~table.isfinite().all(1)).nonzero()
     if len(broken):
         prompt = data.prompts[prompts[int(broken[0])]]
-        raise UserError(f"the embedding of an image of the prompt {prompt[:60]!r} is not finite")
+        raise UserError(
+            f"data: the embedding of an image of the prompt {prompt[:60]!r} is not finite; leave "
+            "it out"
+        )
     return Features(
         table,
         table.new_empty(len(data.prompts), 0),

@@ -302,8 +302,7 @@ def fit_head(
 
 
 def _validation_loss(margins: Tensor, val: Pairs, config: RewardConfig) -> float:
-    # Scores that were fitted to opinions, to margins or beside a threshold of ties have
-    # another unit than the logits of pairs.
+    # Only plain losses of pairs give logits. Scores by other losses are scaled first.
     in_logits = config.loss == "pairs" and config.ties != "rao_kupper" and not config.label_strength
     scale = 1.0 if in_logits else fit_scale(margins, val, config)
     return float(part_loss(scale * margins, val, config))
@@ -461,7 +460,7 @@ def fit_pal(
         _, head, chosen = min(starts, key=lambda start: start[0])
         with torch.no_grad():
             margins = pal_margins(head, val)
-        # Penalties differ in confidence, which is fitted again at the end.
+        # Heads of different penalties differ in scale, which is fitted at the end.
         scale = fit_scale(margins, val, config)
         loss = float(part_loss(scale * margins, val, config))
         if best is None or loss < best[0]:
@@ -531,7 +530,7 @@ def _fit_pal_once(
         margins = pal_margins(head, train)
         loss = part_loss(margins, train, config) + _nuisance_penalty(margins, train, config)
         squares = torch.stack([weight.square().sum() for weight in weights]).sum()
-        # Per user, whatever the number of their pairs.
+        # The mean gives each user the same weight, however many pairs they judged.
         return loss + penalty * squares + 1e-3 * head.logits.square().sum(1).mean()
 
     adam = torch.optim.Adam(

@@ -27,7 +27,7 @@ ItemLoss = Callable[[Tensor], Tensor]
 
 
 def item_loss(kind: str, opinions: Opinions, weight: Tensor) -> tuple[ItemLoss, list[Tensor]]:
-    """Return a loss, and what it learns beside the head.
+    """Return a loss, and its own trainable parameters.
 
     Args:
         kind (`str`): `thumbs`, `ratings`, `quantiles` or `plackett_luce`.

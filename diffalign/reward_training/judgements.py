@@ -402,8 +402,8 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
     count = len(set(groups[judgements.prompt].tolist()))
     if count < FEWEST_PROMPTS:
         raise UserError(
-            f"{count} prompts with images of their own are too few to learn from and to report on; "
-            f"at least {FEWEST_PROMPTS} are needed"
+            f"data: {count} prompts with images of their own are too few to learn from and to "
+            f"report on; give judgements on at least {FEWEST_PROMPTS}"
         )
 
     def place(group: int) -> float:
@@ -422,7 +422,10 @@ def split(judgements: Judgements, val: float, test: float, seed: int) -> dict[st
     parts = {name: judgements.of_prompts(side == name) for name in names}
     for name, part in parts.items():
         if not len(part) or bool((part.label == 0.5).all()):
-            raise UserError(f"the {name} prompts have no decided pair; give more judgements")
+            raise UserError(
+                f"data: the {name} prompts have no decided pair; give more judgements, or another "
+                "train.split_seed"
+            )
     return parts
 
 

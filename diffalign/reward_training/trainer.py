@@ -244,11 +244,14 @@ class RewardTrainer:
 
     def _check_folder(self) -> None:
         if not self.folder.name:
-            raise ConfigError("train.output_dir", f"{self.args.output_dir!r} is no new folder")
+            raise ConfigError(
+                "train.output_dir",
+                f"{self.args.output_dir!r} has no name; name a folder such as rewards/mine",
+            )
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if self.args.towers != "frozen":
-            # `begin` decides about runs, and nothing else may lie here.
+            # `begin` refuses other runs. Any other file here is an error.
             if not any((self.folder / name).exists() for name in (FILE, "logs", LOCK)):
                 raise self._foreign_folder()
             return
@@ -443,7 +446,7 @@ class RewardTrainer:
                 "prototypes": args.prototypes,
                 "hidden": args.user_hidden,
                 "form": args.pal_form,
-                # Of those who trained it. Users who are added later change no mean.
+                # Users of the training alone: those who are added later change no mean.
                 "population": head.logits.softmax(1).mean(0).tolist(),
                 "trained_users": len(data.users),
             }

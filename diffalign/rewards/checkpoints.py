@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, UserError
 from ..runtime import text_files
-from ..runtime.hashing import WEIGHT_SUFFIXES, content_hash
+from ..runtime.hashing import WEIGHT_SUFFIXES
 from ..runtime.weight_files import could_be_hub_id
 from .spec import ScorerSpec
 
@@ -319,16 +319,3 @@ def freeze(module: nn.Module, what: str) -> nn.Module:
     if meta:
         raise RuntimeError(f"{what}: {', '.join(meta[:4])} were not loaded")
     return module
-
-
-def check_sha256(path: Path, spec: ScorerSpec) -> None:
-    """Check published weights against the card.
-
-    Raises:
-        UserError: the file is not the published one.
-    """
-    if spec.sha256 is not None and content_hash(path) != spec.sha256:
-        raise UserError(
-            f"model: {str(path)!r} is not the published file of {spec.key} (its SHA-256 "
-            f"differs from {spec.sha256}); download it again"
-        )

@@ -131,7 +131,7 @@ def content_key(
 
 
 def _as_json(value: Any) -> Any:
-    """Return what stands for a value that JSON has no form for.
+    """Return a JSON value for an object that JSON cannot hold.
 
     It is never the printed form: large arrays print alike, and addresses change.
     """

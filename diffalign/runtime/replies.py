@@ -41,7 +41,7 @@ class _TimedReader(io.RawIOBase):
                 return self.raw.readinto(buffer)
         except TimeoutError:
             pass
-        raise TimeoutError(f"not there after {self.seconds:g} seconds")
+        raise TimeoutError(f"no complete reply within {self.seconds:g} seconds")
 
     def close(self) -> None:
         self.raw.close()

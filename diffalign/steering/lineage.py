@@ -89,7 +89,7 @@ def lineage_picture(result: Population, prompt: int = 0, *, cell: int | None = N
         IndexError: no such prompt.
     """
     if not -len(result.prompts) <= prompt < len(result.prompts):
-        raise IndexError(f"prompt: {prompt} of {len(result.prompts)}")
+        raise IndexError(f"prompt: expected an index below {len(result.prompts)}, got {prompt}")
     k, steps = result.rewards.shape[1], result.steps
     side = cell or (96 if k <= 8 else 64)
     caption = wrap_text(

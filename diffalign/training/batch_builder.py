@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -201,6 +202,16 @@ class BatchBuilder:
             **condition,
             **{name: value.expand(rows, *value.shape[1:]) for name, value in self._empty.items()},
         }
+
+    def with_every_prompt(self, batch: Batch) -> Batch:
+        """Undo prompt dropout, for drawing images that are scored by their prompts.
+
+        Args:
+            batch (`Batch`): g prompts, with one condition each.
+        """
+        if not self.args.proportion_empty_prompts:
+            return batch
+        return replace(batch, condition=batch.condition | self.encode(batch.prompts))
 
     def _latents(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         # Prompts without images have a shape, and nothing to encode.

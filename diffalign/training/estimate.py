@@ -6,6 +6,7 @@ content, which count their bytes and the operations on them.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ..errors import ConfigError, UserError
 from ..runtime.distributed import is_sharded, sharded_modules
 from .build import DTYPES, build_network, trainable_parameters
 from .config import TrainingConfig
+from .memory import cast_layers
 from .reference import AdapterOffReference
 from .sharding import block_names
 
@@ -31,9 +33,13 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 GPUS = {
-    "rtx3060": 12, "rtx4060ti": 16, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24, "rtx5070": 12,
-    "rtx5080": 16, "rtx5090": 32, "rtx3090": 24, "t4": 16, "v100": 32, "l4": 24, "a10": 24,
-    "l40s": 48, "a6000": 48, "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180,
+    "rtx2080ti": 11, "rtx3060": 12, "rtx3080": 10, "rtx3080ti": 12, "rtx3090": 24, "rtx3090ti": 24,
+    "rtx4060": 8, "rtx4060ti": 16, "rtx4070": 12, "rtx4070super": 12, "rtx4070ti": 12,
+    "rtx4070tisuper": 16, "rtx4080": 16, "rtx4080super": 16, "rtx4090": 24, "rtx5060ti": 16,
+    "rtx5070": 12, "rtx5070ti": 16, "rtx5080": 16, "rtx5090": 32, "rtx6000ada": 48,
+    "a4000": 16, "a5000": 24, "a6000": 48, "t4": 14.7, "v100": 16, "v100-32gb": 32, "l4": 22.2,
+    "a10": 22.2, "a10g": 22.2, "l40s": 44.5, "a100-40gb": 40, "a100": 80, "a100-80gb": 80,
+    "h100": 80, "h200": 141, "b200": 180,
 }  # fmt: skip
 """Name of a GPU -> its memory in GiB."""
 LARGEST = 300
@@ -98,15 +104,16 @@ def gpu_memory(name: str) -> float:
         ConfigError: The name is not known. The message lists those that are.
     """
     text = name.lower().replace(" ", "").replace("geforce", "").replace("nvidia", "")
-    if text in GPUS:
-        return float(GPUS[text])
-    number = text.removesuffix("gib").removesuffix("gb").removesuffix("g")
+    known = {gpu.replace("-", ""): float(size) for gpu, size in GPUS.items()}
+    for card in (text.replace("-", ""), f"rtx{text}"):  # 4090 alone is a card
+        if card in known:
+            return known[card]
+    number, unit = re.fullmatch(r"([\d.]*)(.*)", text).groups()  # type: ignore[union-attr]
+    units = {"": 1.0, "g": 1.0, "gb": 1.0, "gib": 1.0, "mb": 1 / 1024, "mib": 1 / 1024}
     try:
-        size = float(number)
+        size = float(number) * units.get(unit, 0.0)
     except ValueError:
         size = 0.0
-    if f"rtx{text}" in GPUS:  # 4090 alone is a card
-        return float(GPUS[f"rtx{text}"])
     if not 0 < size <= LARGEST:
         raise ConfigError(
             "--gpu",
@@ -126,6 +133,7 @@ def estimate(
     size: tuple[int, int],
     caches_latents: bool,
     caches_prompts: bool,
+    other_reference: bool = False,
     layout: Layout | None = None,
 ) -> Estimate:
     """Run one micro-batch on tensors without content.
@@ -139,6 +147,8 @@ def estimate(
         size: Height and width of the images.
         caches_latents (`bool`): Whether latents come from a cache.
         caches_prompts (`bool`): Whether encoded prompts come from a cache.
+        other_reference (`bool`, *optional*, defaults to `False`): Whether the reference
+            is another model.
         layout (`Layout`, *optional*): Processes of the run. None is one process.
 
     Returns:
@@ -158,11 +168,15 @@ def estimate(
     rows = args.per_device_train_batch_size * images_per_group
     runs_reference = has_reference and not args.precompute_ref_errors
     layout = layout or Layout()
+    small = _kept_copies(network, args)
     total = sum(p.numel() for p in network.parameters())
     parts = {"weights": _weight_bytes(network, args) / layout.shards}
-    if has_reference and peft_config is None and not args.precompute_ref_errors:
-        waits = args.offload_reference or args.offload == "group"
-        parts["reference"] = 0.0 if waits else _bytes(network) / layout.shards
+    if small:
+        parts["copies of 8-bit weights kept for the backward pass"] = small / layout.shards
+    if has_reference and (peft_config is None or other_reference):
+        waits = args.precompute_ref_errors or args.offload_reference or args.offload == "group"
+        copy = total * dtype.itemsize if other_reference else _bytes(network)
+        parts["reference"] = 0.0 if waits else copy / layout.shards
     trainable = sum(p.numel() for p in trained)
     count = trainable / layout.shards
     parts["optimizer"] = _OPTIMIZER_BYTES[args.optim] * count
@@ -195,15 +209,32 @@ def _bytes(module: Module) -> float:
 def _weight_bytes(network: Module, args: TrainingConfig) -> float:
     """Bytes of the network's weights, the frozen linear ones as they are stored."""
     total = _bytes(network)
-    stored = _QUANTISED_BYTES.get(args.quantization or "")
-    if args.layerwise_casting:
-        stored = 1.0
-    if stored is None:
-        return total
-    for module in network.modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
-            total -= module.weight.numel() * (module.weight.element_size() - stored)
+    stored = 1.0 if args.layerwise_casting else _QUANTISED_BYTES.get(args.quantization or "", 0.0)
+    for module in _small_layers(network, args):
+        total -= module.weight.numel() * (module.weight.element_size() - stored)
     return total
+
+
+def _small_layers(network: Module, args: TrainingConfig) -> list[torch.nn.Linear]:
+    """List the frozen layers that are stored in fewer bits."""
+    if args.layerwise_casting:
+        layers = list(cast_layers(network))
+    elif args.quantization:
+        layers = [each for each in network.modules() if isinstance(each, torch.nn.Linear)]
+    else:
+        layers = []
+    return [layer for layer in layers if not layer.weight.requires_grad]
+
+
+def _kept_copies(network: Module, args: TrainingConfig) -> float:
+    """Bytes of weights in the run's precision that autograd keeps of layers in 8 bits.
+
+    With `gradient_checkpointing` those of one block at a time, which are not counted.
+    """
+    if args.gradient_checkpointing or args.quantization == "nf4":
+        return 0.0
+    layers = _small_layers(network, args)
+    return float(sum(each.weight.numel() * each.weight.element_size() for each in layers))
 
 
 def _frozen_parts(

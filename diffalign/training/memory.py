@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import Conv2d, Module
+from torch.nn import Conv2d, Linear, Module
 
 from ..errors import ConfigError
 from .config import TrainingConfig
@@ -33,6 +35,22 @@ def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -
         ConfigError: fewer bits with full fine-tuning or with a DoRA, both kinds at
             once, or a kind that this machine cannot do.
     """
+    check_combinations(args, peft_config)
+    if args.quantization:
+        quantization_config(args.quantization, torch.bfloat16)
+
+
+def check_combinations(args: TrainingConfig, peft_config: LoraConfig | None) -> None:
+    """Refuse options that no machine can have together.
+
+    Args:
+        args (`TrainingConfig`): Settings of the run.
+        peft_config (`LoraConfig`, *optional*): The LoRA.
+
+    Raises:
+        ConfigError: fewer bits with full fine-tuning or with a DoRA, or both kinds at
+            once.
+    """
     for name, off in (("quantization", "null"), ("layerwise_casting", "false")):
         if not getattr(args, name):
             continue
@@ -52,8 +70,6 @@ def check_memory_options(args: TrainingConfig, peft_config: LoraConfig | None) -
         raise ConfigError(
             "train.layerwise_casting", "quantised weights are small already; set it to false"
         )
-    if args.quantization:
-        quantization_config(args.quantization, torch.bfloat16)
 
 
 def refuse_offload(args: TrainingConfig) -> None:
@@ -114,19 +130,43 @@ def store_in_8_bits(network: Any, compute_dtype: torch.dtype) -> None:
         network: Of diffusers, with its adapter.
         compute_dtype (`torch.dtype`): Precision of a layer while it runs.
     """
-    from diffusers.hooks.layerwise_casting import (
-        DEFAULT_SKIP_MODULES_PATTERN,
-        apply_layerwise_casting,
-    )
+    from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 
-    own = getattr(network, "_skip_layerwise_casting_patterns", None) or ()
     apply_layerwise_casting(
         network,
         storage_dtype=torch.float8_e4m3fn,
         compute_dtype=compute_dtype,
-        skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *own, _ADAPTERS),
+        skip_modules_pattern=_uncast(network),
         skip_modules_classes=(Conv2d,),
     )
+
+
+def _uncast(network: Any) -> tuple[str, ...]:
+    """Patterns of the names of modules that are not stored in 8 bits."""
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    own = getattr(network, "_skip_layerwise_casting_patterns", None) or ()
+    return (*DEFAULT_SKIP_MODULES_PATTERN, *own, _ADAPTERS)
+
+
+def cast_layers(network: Module) -> Iterator[Linear]:
+    """Yield the linear layers that `store_in_8_bits` casts.
+
+    Args:
+        network (`Module`): Of diffusers, with its adapter.
+    """
+    patterns = _uncast(network)
+
+    def walk(module: Module, name: str) -> Iterator[Linear]:
+        if isinstance(module, Conv2d) or any(re.search(pattern, name) for pattern in patterns):
+            return
+        if isinstance(module, Linear):
+            yield module
+            return
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(network, "")
 
 
 def compile_blocks(network: Module) -> int:

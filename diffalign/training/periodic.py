@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from ..runtime.seeds import undisturbed
 from .checkpoint import CheckpointManager
 from .diagnostics import DivergenceGuard
@@ -107,10 +109,22 @@ class UserCallbacks(LoopCallback):
     def on_step_end(self, run: Run) -> None:
         stopped = run.control.should_training_stop
         self.call("on_step_end")
+        self._agree(run)
         if run.control.should_training_stop and not stopped:
             run.control.should_save = True
             if not run.logged:
                 self.log.write(run)
+
+    @staticmethod
+    def _agree(run: Run) -> None:
+        """Do on all processes what the callbacks of any process ask for."""
+        if run.accelerator.num_processes == 1:
+            return
+        control, names = run.control, ("should_training_stop", "should_save", "should_evaluate")
+        flags = torch.tensor([int(getattr(control, name)) for name in names])
+        asked = run.accelerator.reduce(flags.to(run.accelerator.device), "sum").tolist()
+        for name, count in zip(names, asked, strict=True):
+            setattr(control, name, count > 0)
 
     def on_train_end(self, run: Run) -> None:
         self.call("on_train_end")
@@ -259,6 +273,7 @@ class SaveCheckpoint(LoopCallback):
     def on_pause(self, run: Run) -> None:
         run.state.due = []
         if not (self.checkpoints.output_dir / f"checkpoint-{run.state.global_step}").is_dir():
+            run.state.window = run.window.dump(run.accelerator)
             self.checkpoints.save(run.state)
 
 

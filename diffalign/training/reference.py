@@ -53,9 +53,9 @@ class Reference(Protocol):
 def without_dropout(network: Module) -> Any:
     """Put a network into training mode, with its dropout off.
 
-    `eval()` would not do. diffusers' residual blocks choose memory layouts by the mode,
-    and other layouts round differently. Equal policy and reference would then predict
-    differently.
+    `eval()` must not be called here. diffusers' residual blocks choose memory layouts
+    by the mode, and other layouts round differently. Equal policy and reference would
+    then predict differently.
 
     Args:
         network: Changed in place.
@@ -313,6 +313,7 @@ class FrozenCopyReference:
             (copy.deepcopy(network) if copy_weights else network).requires_grad_(False)
         )
         self.device, self.offload = device, offload and device.type != "cpu"
+        self.is_movable = shard is None and not by_layers
         if shard is not None:
             if offload or by_layers:
                 raise ConfigError(
@@ -332,6 +333,12 @@ class FrozenCopyReference:
 
     def start(self) -> None:
         """Do nothing, because the copy was made before the network was prepared."""
+
+    def rest(self) -> None:
+        """Wait on the CPU between calls from now on, unless the network is spread."""
+        if self.is_movable and self.device.type != "cpu":
+            self.offload = True
+            self.network.to("cpu")
 
     def predict(
         self, backbone: Backbone, noisy: Tensor, times: Tensor, condition: dict[str, Tensor]

@@ -78,6 +78,7 @@ from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
 from .periodic import ActOnHacking, Rollback, StopOnDivergence, in_order
 from .reference import (
+    FrozenCopyReference,
     Reference,
     SnapshotReference,
     StartLoraReference,
@@ -308,12 +309,8 @@ class Trainer:
     def _fit_backbone(self) -> None:
         """Check the settings against the model's family, and tell it the guidance."""
         args, backbone = self.args, self.backbone
-        name = backbone.source.pipeline_class_name
-        if self.peft_config is not None and not backbone.supports_lora:
-            raise ConfigError(
-                "lora",
-                f"diffusers cannot load a LoRA into a {name}; leave lora out to train all weights",
-            )
+        if self.peft_config is not None:
+            backbone.check_lora()
         if backbone.few_steps and args.timestep_sampling != "grid":
             self.notes.append(
                 f"WARNING: {backbone.source.name} draws in {backbone.few_steps} steps, and "
@@ -559,7 +556,8 @@ class Trainer:
             config,
             self.online_reward,
             self.policy_sampler(
-                online_sampler(config, self.backbone.guidance_rule), "sampling online data"
+                online_sampler(config, self.backbone.guidance_rule, self.schedule),
+                "sampling online data",
             ),
             self.data_kind,
             self.inverted != self.data_config.invert_preferences,
@@ -731,13 +729,18 @@ class Trainer:
                 make_folder(Path(place), f"data.{name}")
         passes = args.gradient_accumulation_steps * self.passes_per_batch
         self.accelerator = build_accelerator(args, self.output_dir, passes)
-        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.backbone.place(
             self.accelerator.device,
             DTYPES[args.mixed_precision],
             offload=args.offload == "group",
             shard=is_fsdp(self.accelerator),
         )
+        self.data_pipeline = DataPipeline(
+            self.train_dataset, self.data_config, args, self.backbone, self.accelerator
+        )
+        # Before the network is there, so that the encoders have the memory.
+        self.notes += self.data_pipeline.fill_caches()
+        set_seed(args.seed)  # equal on every process, so that a LoRA starts equal
         self.network = self.build_network()
         self.trained = self.build_trained_weights()
         if self.start_lora is not None:
@@ -753,10 +756,6 @@ class Trainer:
             self.reference = self._denoiser(
                 functools.partial(self.reference_model.predict, self.backbone)
             )
-        self.data_pipeline = DataPipeline(
-            self.train_dataset, self.data_config, args, self.backbone, self.accelerator
-        )
-        self.notes += self.data_pipeline.fill_caches()
         self._build_optimizer()
         model = self.reference_model
         self.record.built = BuiltFacts.of(
@@ -1076,6 +1075,8 @@ class Trainer:
         computed = precomputed.fill(self.reference_errors, is_fsdp(self.accelerator))
         state = "computed" if computed else "read back"
         self.source = DatasetSource(precomputed)
+        if isinstance(self.reference_model, FrozenCopyReference):
+            self.reference_model.rest()
         self.notes.append(f"reference errors: {self.args.ref_error_draws} draws per row, {state}")
 
     def _measure_rounding(self) -> None:

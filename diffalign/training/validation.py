@@ -9,8 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,8 +47,8 @@ SETTINGS = "settings.txt"
 """Beside the images of the starting weights: the identity of their prompts and
 sampler."""
 GRID_PROMPTS = 12
-BATCH = 8
-"""Images per forward pass."""
+BATCH, BATCH_PIXELS = 8, 2 * 1024 * 1024
+"""Images per forward pass at most, and their pixels."""
 
 
 def _mean(values: Array) -> float:
@@ -136,7 +136,9 @@ class Validation:
         self.seeds = [seed + i for _ in self.distinct for i in range(count)]
         self.scales: list[float | None] = [*config.guidance_scales] or [None]
         self.panel: Panel | None = None
-        self.shares = SharedBatches(accelerator, len(self.prompts), BATCH)
+        pixels = (side or backbone.default_resolution) ** 2
+        self.batch_size = max(1, min(BATCH, BATCH_PIXELS // pixels))
+        self.shares = SharedBatches(accelerator, len(self.prompts), self.batch_size)
         if self.config.scorers:
             from ..rewards.panel import Panel
 
@@ -201,6 +203,20 @@ class Validation:
             (self.folder / GUARDIAN_FILE).unlink(missing_ok=True)
         elif self.main:
             self._recover()
+        with self._cached_parts_leave():
+            self._draw_base(folders)
+        self.redrawn = self._shared(self.redrawn)
+        self._score_base()
+
+    @contextmanager
+    def _cached_parts_leave(self) -> Iterator[None]:
+        """Take parts out of memory again that training has in its caches."""
+        names = {*self.backbone.source.component_names()} - {self.backbone.network_name}
+        absent = [name for name in names if not self.backbone.is_loaded(name)]
+        yield
+        self.backbone.release(*absent)
+
+    def _draw_base(self, folders: list[Path]) -> None:
         for folder, scale in zip(folders, self.scales, strict=True):
             files = [folder / f"{i:04d}.png" for i in range(len(self.prompts))]
             if self.main and not self._is_drawn_alike(folder, scale):
@@ -219,8 +235,6 @@ class Validation:
                 for file, image in zip(files, images, strict=True):
                     save_drawn(image, file)
                 write_atomically(folder / SETTINGS, self._drawing_key(scale).encode())
-        self.redrawn = self._shared(self.redrawn)
-        self._score_base()
 
     def _drawing_key(self, scale: float | None) -> str:
         """Return the identity of what is drawn at one guidance scale."""
@@ -284,7 +298,8 @@ class Validation:
             step (`int`): The optimizer step.
             log (`MetricLog`): Receives images and metrics.
         """
-        with self.averaged_weights():  # those that `save_model` writes
+        # Averaged weights are those that `save_model` writes.
+        with self._cached_parts_leave(), self.averaged_weights():
             mine = [self._draw("validation", scale) for scale in self.scales]
         scores = [self._scores(images) for images in mine] if self.panel is not None else []
         best = self._shared(self._best_scale(scores) if self.main else 0)
@@ -505,7 +520,7 @@ class Validation:
                     pipe,
                     [self.prompts[index] for index in idle + indices],
                     [self.seeds[index] for index in idle + indices],
-                    batch_size=BATCH,
+                    batch_size=self.batch_size,
                     description=description,
                     progress=self.main,
                     **self.backbone.prompt_settings | size | self.config.pipe_kwargs() | guidance,

@@ -111,7 +111,7 @@ def scorers_that_train(names: Sequence[str], training_scorers: Any) -> set[str]:
         entry.name
         for entry in entries
         for key, options in deciding
-        if _loaded(entry)[0] == key and options in (None, _loaded(entry)[1])
+        if _loaded(entry)[0] == key and (options is None or _loaded(entry)[1] in (None, options))
     }
 
 
@@ -122,6 +122,12 @@ def _loaded(entry: RewardEntry) -> tuple[str, str | None]:
     if not isinstance(entry.scorer, str):
         return entry.scorer.spec.key, None
     scorer_class, named = find_class(entry.scorer)
+    served = entry.args.get("scorer") if scorer_class.spec.key == "remote" else None
+    if isinstance(served, str):  # how the server loads it is not known here
+        try:
+            return find_class(served)[0].spec.key, None
+        except ConfigError:  # a scorer that the server alone knows
+            return served, None
     options = {"model": entry.model, "config": entry.config, **entry.args, **named}
     settings = {name: value for name, value in options.items() if value is not None}
     return scorer_class.spec.key, json.dumps(settings, sort_keys=True, default=str)

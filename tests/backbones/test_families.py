@@ -168,6 +168,10 @@ def test_encoding_is_undone_by_decoding_up_to_the_autoencoder(family: str) -> No
             expected = expected[:, :3, 0]
         torch.testing.assert_close(backbone.pixels(vae, mean), expected, rtol=1e-4, atol=1e-4)
     assert bool((std > 0).all()) == has_posterior
+    backbone.images_at_once = lambda height, width: 1  # type: ignore[method-assign]
+    alone = backbone.encode_images(images)
+    torch.testing.assert_close(torch.stack(alone), torch.stack([mean, std]), rtol=1e-4, atol=1e-4)
+    assert len(backbone.decode_latents(mean)) == 2
 
 
 @every_family

@@ -144,3 +144,13 @@ def test_a_base_that_changed_is_another_base(files: Path) -> None:
     assert changed.schedule.prediction_type == "v_prediction"
     with pytest.raises(ConfigError, match="was converted with several bases"):
         load_backbone(file)
+
+
+def test_quantised_weights_with_scales_are_refused(files: Path) -> None:
+    """diffusers would drop the scales, and the weights would be noise."""
+    tensors = original_unet(build_pipeline("sd", 7).unet)
+    name = next(key for key in tensors if key.endswith("to_q.weight"))
+    tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(0.01)
+    save_file(tensors, files / "scaled.safetensors")
+    with pytest.raises(ConfigError, match=r"is quantised with scales .*to_q.scale_weight"):
+        load_backbone(str(files / "scaled.safetensors"), base=str(files / "base"))

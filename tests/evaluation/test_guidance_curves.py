@@ -166,7 +166,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     for options, match in (
         ({"guidance_scale": 3.0}, "guidance_scale: it cannot be combined with guidance_scales"),
         ({"guidance_scales": [3]}, "guidance_scales: expected at least two"),
-        ({"max_prompts": 3}, "prompts: the best guidance is chosen on one half .* got 3"),
+        ({"max_prompts": 3}, "prompts: expected at least .* prompts, got 3: one half chooses"),
     ):
         with pytest.raises(ConfigError, match=match):
             compare_guidance("shapes", "b=shapes", output_dir=out, **{**QUICK, **options})

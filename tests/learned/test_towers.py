@@ -291,7 +291,7 @@ def test_averages_that_have_no_sense(members: list[Path], trained: Path, tmp_pat
         average_rewards(folders, tmp_path / "average", data, device="cpu")
 
     for folders, data, words in (
-        (members[:1], rows(40), "two rewards or more"),
+        (members[:1], rows(40), "folders: expected at least 2 rewards, got 1"),
         (members, rows(39), "are not the judgements"),
     ):
         with pytest.raises(UserError, match=words):

@@ -266,18 +266,6 @@ def test_resuming_without_what_the_run_needs(tmp_path: Path) -> None:
         small(tmp_path, max_steps=3, resume_from_checkpoint="latest").train()
 
 
-def test_an_evaluation_drops_no_prompts(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run", "sd", "d3po", proportion_empty_prompts=1.0)
-    trainer.setup()
-    data = trainer.evaluation_data(pair_rows())
-    empty, full = (
-        pipeline.builder([pipeline.reader[(0, 0)]]).condition
-        for pipeline in (trainer.data_pipeline, data)
-    )
-    assert empty.keys() == full.keys()
-    assert not any(torch.equal(empty[name], full[name]) for name in full)
-
-
 def test_it_learns_what_the_judge_wants(tmp_path: Path) -> None:
     """Brighter images, from an untrained network, over a few steps."""
     options = {

@@ -399,7 +399,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="window: progressive needs num_sde_steps"):
         GRPOConfig(window="progressive")
     for options in ({"ratio": "guard"}, {"dynamics": "cps"}):
-        with pytest.raises(ConfigError, match="reduce: ratio: guard and dynamics: cps are means"):
+        with pytest.raises(ConfigError, match="reduce: sum cannot be combined with ratio: guard"):
             GRPOConfig(reduce="sum", **options)
     with pytest.raises(ConfigError, match="ref_model: train.kl_weight is 0, so it would not be"):
         trainer(options={"ref_model": build_pipeline("sd", seed=1)})

@@ -219,7 +219,7 @@ def test_a_new_user_is_like_those_who_judge_alike(run: Path) -> None:
     dark = [(prompt, rejected, chosen) for prompt, chosen, rejected in bright]
     assert users.weights_of_pairs(dark)["bob"] > 0.8
     assert users.weights_of_pairs(bright) == weights
-    with pytest.raises(UserError, match="there is no pair"):
+    with pytest.raises(UserError, match="expected at least one pair, got none"):
         users.weights_of_pairs([])
 
 

@@ -568,7 +568,7 @@ def test_servers_must_offer_one_scorer_at_distinct_addresses():
     with answering((200, INFO)) as (one, _), answering((200, other)) as (two, _):
         with pytest.raises(UserError, match="expect_fingerprint: .* has the fingerprint 00, not"):
             load_scorer("remote", url=[one, two])
-        with pytest.raises(UserError, match=r"url: http://127.0.0.1:\d+ is there twice"):
+        with pytest.raises(UserError, match=r"url: http://127.0.0.1:\d+ is listed twice"):
             load_scorer("remote", url=[one, one + "/"])
     with pytest.raises(UserError, match="url: expected the address of a server, or several"):
         load_scorer("remote", url=[])

@@ -105,5 +105,5 @@ def test_any_size(k: int, steps: int, thumbnails: bool) -> None:
 def test_plot_writes_a_file(tmp_path) -> None:
     picture = tree().plot(0, tmp_path / "tree.png")
     assert Image.open(tmp_path / "tree.png").size == picture.size
-    with pytest.raises(IndexError, match="prompt: 1 of 1"):
+    with pytest.raises(IndexError, match="prompt: expected an index below 1, got 1"):
         tree().plot(1)

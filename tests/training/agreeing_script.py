@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import brightness, lora_config, make_trainer, pair_rows
 
+from diffalign import TrainerCallback
 from diffalign.errors import UserError
 from diffalign.training import trainer as trainer_module
 from diffalign.training.auto_beta import RATE, AutoBeta
@@ -73,6 +74,7 @@ def main() -> None:
     found = trainer.evaluate(pair_rows(1))
     assert found["eval/rewards/accuracies"] == 0.5, found
     online(folder)
+    callbacks(folder)
     votes(folder)
     print(f"process {trainer.accelerator.process_index} agrees", flush=True)
 
@@ -106,6 +108,20 @@ def online(folder: Path) -> None:
     )
     resumed.train()
     assert "online/score_0" in resumed.state.log_history[-1]
+
+
+def callbacks(folder: Path) -> None:
+    """A callback that stops the run on one process."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and kwargs["trainer"].accelerator.process_index == 1:
+                control.should_training_stop = True
+
+    options = {"peft_config": lora_config(), "max_steps": 5, "options": {"callbacks": [Stops()]}}
+    trainer = make_trainer(folder / "stopped", **options)
+    assert trainer.train().global_step == 2
+    assert (folder / "stopped" / "checkpoint-2").is_dir()
 
 
 def votes(folder: Path) -> None:

@@ -17,6 +17,7 @@ from diffalign.backbones import load_backbone
 from diffalign.errors import ConfigError
 from diffalign.training import estimate as estimate_module
 from diffalign.training.estimate import Estimate, estimate, gpu_memory
+from diffalign.training.memory import cast_layers, store_in_8_bits
 
 FAMILIES = ["sd", "sdxl", "sd3", *(name for name in TRANSFORMERS if name != "qwen-image-21")]
 
@@ -127,6 +128,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_memory_of_gpus() -> None:
     assert gpu_memory("RTX 4090") == gpu_memory("24GB") == gpu_memory("24 GiB") == 24
     assert gpu_memory("NVIDIA H100") == 80 and gpu_memory("4090") == 24
+    assert gpu_memory("A100 80GB") == 80 and gpu_memory("A100-40GB") == 40
+    assert gpu_memory("V100 32GB") == 32 and gpu_memory("24576MiB") == 24
     for name in ("0GB", "-3", "huge", "", "4095"):
         with pytest.raises(ConfigError, match="--gpu"):
             gpu_memory(name)
@@ -162,3 +165,53 @@ def test_an_estimate_of_a_sharded_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run([*options, "--num_gpus", "3", "--accelerate_config", "hsdp"]) == 2
     assert "3 GPUs cannot hold 2 copies" in capsys.readouterr().err
     assert run([*options, "--num_gpus", "8", "--accelerate_config", "zero2"]) == 2
+
+
+def test_8_bits_as_they_are_stored() -> None:
+    """Modulations of a Flux stay in bf16; layers are copied for the backward pass."""
+    pipe = build_pipeline("flux")
+    layers = list(cast_layers(pipe.transformer))
+    store_in_8_bits(pipe.transformer, torch.bfloat16)
+    stored = [m for m in pipe.transformer.modules() if getattr(m, "weight", None) is not None]
+    cast = [m for m in stored if m.weight.dtype == torch.float8_e4m3fn]
+    assert cast and {id(m) for m in cast} == {id(m) for m in layers}
+    options: Any = {"mixed_precision": "bf16", "layerwise_casting": True}
+    name = "copies of 8-bit weights kept for the backward pass"
+    copies = estimated(build_pipeline("flux"), 32, **options).bytes[name]
+    assert copies == 2 * sum(layer.weight.numel() for layer in layers)
+    checkpointed = estimated(build_pipeline("flux"), 32, gradient_checkpointing=True, **options)
+    assert name not in checkpointed.bytes
+
+
+def test_runs_that_cannot_be_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_pipeline("pixart").save_pretrained(tmp_path / "pixart")
+    common = ["--data.dataset_name", "unread", "--data.resolution", size_of("pixart")]
+    common += ["--train.output_dir", tmp_path / "out", "--model", tmp_path / "pixart"]
+    code, said = run(capsys, "--method", "diffusion_dpo", "--lora.r", 4, *common)
+    assert code == 2 and "diffusers cannot load a LoRA into a PixArtSigmaPipeline" in said
+    code, said = run(capsys, "--method", "diffusion_dpo", *common, "--gpu", "0.80001GB")
+    assert code == 1 and "lora" not in said.partition("what to change")[2]
+    code, said = run(capsys, "--method", "ppd", *common)
+    assert code == 2 and "ppd has no estimate yet: it trains an adapter" in said
+    code, said = run(
+        capsys, "--method", "diffusion_dpo", *common, "--train.layerwise_casting", "true"
+    )
+    assert code == 2 and "train.layerwise_casting: only the frozen weights" in said
+
+
+def test_what_drawing_methods_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guidance is in the trained steps, and the autoencoder is always needed."""
+    build_pipeline("sd3").save_pretrained(tmp_path / "model")
+    common = ["--data.dataset_name", "unread", "--data.resolution", 32, "--lora.r", 4]
+    common += ["--train.output_dir", tmp_path / "out", "--model", tmp_path / "model"]
+    common += ["--data.cache_latents", tmp_path / "cache", "--train.per_device_train_batch_size", 1]
+    for method, options, images in (
+        ("grpo", ["--train.images_per_prompt", 6], 12),
+        ("grpo", ["--train.images_per_prompt", 6, "--train.guidance_scale", 1], 6),
+        ("spo", ["--train.images_per_prompt", 6], 2),
+        ("diffusion_nft", ["--train.images_per_prompt", 6], 6),
+        ("rankdpo", ["--data.online.k", 5], 5),
+    ):
+        code, said = run(capsys, "--method", method, *common, *options)
+        assert code == 0 and f"step: {images} images in a pass" in said, method
+        assert "autoencoder" in said and "not counted: drawing" in said

@@ -309,6 +309,9 @@ def test_names_of_the_scorers_that_train() -> None:
         ({"rewards": [{"scorer": "shapes", "role": "eval"}, "shapes-clip"]}, {"shapes-clip"}),
         ([{"scorer": "shapes-clip", "name": "mine", "model": "x"}], set()),
         ([{"scorer": "shapes-clip", "name": "learned"}], {"shapes-clip"}),
+        ([{"scorer": "remote", "args": {"url": "u", "scorer": "shapes"}}], {"shapes"}),
+        ([{"scorer": "remote", "args": {"url": "u", "scorer": "pickscore"}}], set()),
+        ([{"scorer": "remote", "args": {"url": "u", "scorer": "of-the-server"}}], set()),
     ):
         assert scorers_that_train(["shapes", "shapes-clip"], scorers) == names
     # Other spellings of the validation's own.

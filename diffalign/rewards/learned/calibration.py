@@ -35,7 +35,8 @@ def disagreement(margins: Tensor) -> Tensor:
     """How much an ensemble's members disagree about pairs, in nats.
 
     The entropy of their mean probability less the mean of their entropies (BALD,
-    Houlsby et al. 2011, arXiv 1112.5745): 0 where they agree, also that a pair is even.
+    Houlsby et al. 2011, arXiv 1112.5745). It is 0 where all members give the same
+    probability, also if that is 1/2.
 
     Args:
         margins (`Tensor`): Of every member, (n, members).

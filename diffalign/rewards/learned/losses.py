@@ -218,7 +218,7 @@ def margin_loss(margins: Tensor, margin: Tensor | float) -> Tensor:
         ConfigError: A margin is negative.
     """
     if bool((torch.as_tensor(margin) < 0).any()):
-        raise ConfigError("margin", "expected a number of at least 0")
+        raise ConfigError("margin", f"expected a number of at least 0, got {margin}")
     return softplus(-(margins - margin))
 
 

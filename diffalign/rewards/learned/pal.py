@@ -106,7 +106,7 @@ def fit_user(
         UserError: There are no pairs.
     """
     if not len(margins):
-        raise UserError("a user needs at least one pair")
+        raise UserError("a new user needs at least one decided pair; add votes that are no ties")
     z, y = margins.double(), labels.double()
     begin = torch.zeros(z.shape[1], dtype=torch.float64) if start is None else start.double()
     logits = begin.clone().requires_grad_()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...runtime.hashing import content_hash
 from .. import checkpoints
 from ..checkpoints import ConfigLike
 from ..model_scorer import ModelScorer
@@ -99,8 +100,8 @@ class AestheticV2(ModelScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "head": checkpoints.content_hash(self.source),
-            "clip": checkpoints.content_hash(self.clip.source),
+            "head": content_hash(self.source),
+            "clip": content_hash(self.clip.source),
             "pixels": self.preprocess.describe(),
         }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from .. import checkpoints
+from ...runtime.hashing import content_hash
 from ..checkpoints import ConfigLike
 from ..images import Preprocess
 from ..model_scorer import ModelScorer
@@ -50,7 +50,7 @@ class ClipScorer(ModelScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "weights": checkpoints.content_hash(self.clip.source),
+            "weights": content_hash(self.clip.source),
             "pixels": self.preprocess.describe(),
             "config": self.config,
             "tokenizer": tokenizer_digest(self.clip.tokenizer),

@@ -475,9 +475,9 @@ def _callable(value: object, field_name: str) -> Callable[..., Any] | None:
 
 
 def _identity(value: object) -> str | None:
-    """Return what tells a detector or classifier from others.
+    """Return an identity of a detector or classifier.
 
-    An empty text stands for none at all. None means that it cannot be known, as for
+    It is an empty text if there is none. None means that it cannot be known, as for
     closures and objects with settings of their own.
     """
     if value is None:

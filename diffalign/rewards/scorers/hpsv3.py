@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UserError
+from ...runtime.hashing import content_hash
 from .. import checkpoints
 from ..base import Item, Scorer
 from ..checkpoints import ConfigLike
@@ -275,7 +276,7 @@ class HPSv3(Scorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "weights": checkpoints.content_hash(self.source),
+            "weights": content_hash(self.source),
             "pixels": self.pixels,
             "rounded": self.rounded_positions,
         }

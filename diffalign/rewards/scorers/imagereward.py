@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...runtime.hashing import content_hash
 from .. import checkpoints
 from ..checkpoints import ConfigLike
 from ..images import Preprocess
@@ -144,7 +145,7 @@ class ImageReward(ModelScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "weights": checkpoints.content_hash(self.source),
+            "weights": content_hash(self.source),
             "config": self.config,
             "vocabulary": len(self.tokenizer),
             "tokenizer": tokenizer_digest(self.tokenizer),

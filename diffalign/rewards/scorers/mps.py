@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...runtime.hashing import content_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
 from .. import checkpoints
 from ..checkpoints import ConfigLike
@@ -160,7 +161,7 @@ class MPS(ModelScorer):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "weights": checkpoints.content_hash(self.source),
+            "weights": content_hash(self.source),
             "config": self.config,
             "condition": self.condition,
             "threshold": self.threshold,

@@ -193,9 +193,8 @@ class RemoteScorer(Scorer):
         return {"remote": self.remote_fingerprint}
 
     def score_batch(self, items: list[Item]) -> tuple[list[float], dict[int, str]]:
-        parts = [
-            items[start : start + self.max_items] for start in range(0, len(items), self.max_items)
-        ]
+        size = min(self.max_items, math.ceil(len(items) / len(self.pool.urls)))  # all servers work
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
         scores: list[float] = []
         errors: dict[int, str] = {}
         with ThreadPoolExecutor(self.concurrency) as pool:

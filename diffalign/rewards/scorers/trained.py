@@ -312,7 +312,7 @@ class TrainedReward(ModelScorer):
         return self.temperature * self._by_user(self.head, image, text).cpu()
 
     def _by_user(self, head: PalHead, image: Tensor, text: Tensor) -> Tensor:
-        # Of those who trained it: users who are added later change no score of others.
+        # Users of the training alone: later ones change no score of others.
         shares = head.logits.softmax(1)[: self.facts["head"]["trained_users"]]
         columns = [head.score(image, text, row.expand(len(image), -1)) for row in shares]
         return torch.stack(columns, 1)

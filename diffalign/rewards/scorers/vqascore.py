@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ...runtime.hashing import text_hash
+from ...runtime.hashing import content_hash, text_hash
 from ..base import Item, Scorer
 from ..spec import ScorerSpec
 
@@ -104,8 +104,10 @@ class VQAScore(Scorer):
         return [self.network]
 
     def identity(self) -> dict[str, Any]:
+        folder = Path(self.model)
+        commit = getattr(self.network.config, "_commit_hash", None)
         return {
-            "model": self.model,
+            "model": content_hash(folder) if folder.is_dir() else [self.model, commit],
             "question": text_hash(self.template),
             "answer": self.answer,
             "against": self.against,

@@ -275,7 +275,7 @@ class _Deadline:
     def check(self) -> None:
         """Raise TimeoutError if the time was over: a cut body may seem whole."""
         if self.expired:
-            raise TimeoutError(f"not there after {self.seconds:g} seconds")
+            raise TimeoutError(f"no complete reply within {self.seconds:g} seconds")
 
     def trace(self, event: str, details: dict[str, Any]) -> None:
         """The `trace` extension of a request, through which httpx shows its socket."""

@@ -33,7 +33,7 @@ def check_urls(url: Any) -> list[str]:
     urls = [check_url(value) for value in values]
     if len(set(urls)) < len(urls):
         twice = next(one for one in urls if urls.count(one) > 1)
-        raise ConfigError("url", f"{without_password(twice)} is there twice")
+        raise ConfigError("url", f"{without_password(twice)} is listed twice; list it once")
     return urls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -122,7 +123,7 @@ class AdvantageEstimator:
             advantages = group_advantages(rewards, rule=self.config.advantage, weights=factors)
         equal = equal_groups(rewards)
         weights = torch.ones(len(equal))
-        # Against the past rewards of its prompt a group of equal ones says something.
+        # A group of equal rewards still differs from past rewards of its prompt.
         drop = self.config.drop_equal and self.history is None
         if drop and bool(equal.any()) and not bool(equal.all()):
             weights = (~equal).float() * len(equal) / int((~equal).sum())
@@ -141,9 +142,19 @@ class AdvantageTrainer(OnPolicyTrainer):
         """Check the scorers, and that a given reference is used.
 
         Raises:
-            ConfigError: There is no scorer, or a reference without a KL term.
+            ConfigError: There is no scorer, a reference without a KL term, or a rule of
+                rewards that the advantages cannot use.
         """
         super().validate()
+        function = self.reward_function
+        single = self.args.advantage == "ddpo" and self.args.images_per_prompt == 1
+        if single and function is not None and function.compares_images:
+            raise ConfigError(
+                "train.images_per_prompt",
+                "ddpo compares one image with earlier ones of its prompt, and these rewards are "
+                "combined by comparing images of one round; use 2 or more, one scorer without "
+                "combine, or combine: {method: weighted_sum}",
+            )
         if self.ref_backbone is not None and not self.args.kl_weight:
             raise ConfigError(
                 "ref_model", "train.kl_weight is 0, so it would not be used; leave it out"
@@ -181,7 +192,9 @@ class AdvantageTrainer(OnPolicyTrainer):
         """
         prompts = [prompt for batch, _, _ in drawn for prompt in batch.prompts]
         scores = torch.cat([scores for _, _, scores in drawn])
-        judged = self.estimator(reward_function, prompts, scores, self.accelerator.process_index)
+        # A dry run leaves the past rewards of the prompts as they are.
+        estimator = copy.deepcopy(self.estimator) if self.is_dry else self.estimator
+        judged = estimator(reward_function, prompts, scores, self.accelerator.process_index)
         batches, place = [], 0
         for batch, trajectories, batch_scores in drawn:
             part = judged.part(place, place + len(batch))

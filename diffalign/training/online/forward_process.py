@@ -62,6 +62,12 @@ class ForwardProcessConfig(AdvantageConfig):
             raise ConfigError(
                 "eta", f"{self.solver} is deterministic; set it to 0, or solver: default"
             )
+        if self.shared_init and not self.eta and self.images_per_prompt > 1:
+            raise ConfigError(
+                "shared_init",
+                "with eta 0 all images of a prompt would be the same; leave it out, or set eta "
+                "above 0",
+            )
 
 
 class ForwardProcessTrainer(AdvantageTrainer):
@@ -163,12 +169,13 @@ class ForwardProcessTrainer(AdvantageTrainer):
         """
         raise NotImplementedError
 
-    def step_order(self, batch: Batch, steps: int) -> Tensor:
+    def step_order(self, batch: Batch, steps: int, stream: str = "") -> Tensor:
         """Draw the steps of the sampler whose times each group trains at.
 
         Args:
             batch (`Batch`): g groups.
             steps (`int`): Steps of the sampler.
+            stream (`str`, *optional*): End of the name of the random stream.
 
         Returns:
             `Tensor`: Indices, (g, `trained_steps`).
@@ -196,6 +203,12 @@ class ForwardProcessTrainer(AdvantageTrainer):
 
     # Rounds ---------------------------------------------------------------------------
 
+    def repeated(self, batch: Batch, number: int) -> Batch:
+        """Train at other noise and other times. See `OnPolicyTrainer.repeated`."""
+        order = self.step_order(batch, len(self.rollout.grid), f"-pass-{number}")
+        passes = torch.full((len(batch),), number)
+        return dataclasses.replace(batch, extra={**batch.extra, "order": order, "pass": passes})
+
     def kept(self, batch: Batch, trajectories: Trajectories) -> dict[str, Tensor]:
         """Keep the samples and the times that train. See `AdvantageTrainer.kept`."""
         return {
@@ -214,11 +227,13 @@ class ForwardProcessTrainer(AdvantageTrainer):
         grid, device, k = self.rollout.grid, batch.x0.device, batch.extra["samples"].shape[1]
         samples = batch.extra["samples"].to(device)
         condition = {n: value.repeat_interleave(k, 0) for n, value in batch.condition.items()}
-        others = {n: v for n, v in batch.extra.items() if n not in ("samples", "order")}
+        others = {n: v for n, v in batch.extra.items() if n not in ("samples", "order", "pass")}
+        repeat = int(batch.extra["pass"][0]) if "pass" in batch.extra else 0
+        stream = f"-pass-{repeat}" if repeat else ""
         for number in range(batch.extra["order"].shape[1]):
             draws = [
                 torch.randn(samples.shape[1:], generator=generator)
-                for generator in batch.generators(f"forward-noise-{number}")
+                for generator in batch.generators(f"forward-noise-{number}{stream}")
             ]
             yield dataclasses.replace(
                 batch,

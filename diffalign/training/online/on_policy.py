@@ -27,6 +27,11 @@ from .reward_function import RewardFunction, preferences
 from .rollout import Grid, Rollout, SamplerConfig, Trajectories
 from .source import RolloutSource
 
+DRAWN_PROMPTS_TRAIN = (
+    "this method trains at the steps that drew its images, which had the prompts; set it to 0"
+)
+"""Why methods that train through their sampler have no prompt dropout."""
+
 
 @config_section
 class OnPolicyConfig(TrainingConfig):
@@ -178,7 +183,20 @@ class OnPolicyTrainer(Trainer):
             if self.reward_function is None
             else self.score_round(self.reward_function, batches)
         )
-        return judged * self.args.num_inner_epochs
+        return [
+            self.repeated(batch, number) if number else batch
+            for number in range(self.args.num_inner_epochs)
+            for batch in judged
+        ]
+
+    def repeated(self, batch: Batch, number: int) -> Batch:
+        """Return a batch of the round for another pass. The default changes nothing.
+
+        Args:
+            batch (`Batch`): A batch of the round.
+            number (`int`): Number of the pass, from 1.
+        """
+        return batch
 
     def begin_round(self, number: int) -> None:
         """Run before a round is drawn. The default does nothing.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...data.config import OnlineConfig
 from ...errors import ConfigError
-from ...likelihood import group_noise
+from ...likelihood import NoiseSchedule, RectifiedFlow, group_noise
 from ..batch import Batch
 from .policy_sampler import PolicySampler, RoundCheck
 from .reward_function import RewardFunction
@@ -27,17 +27,21 @@ if TYPE_CHECKING:
     from ...backbones.guidance_rules import GuidanceRule
 
 
-def online_sampler(config: OnlineConfig, rule: GuidanceRule) -> SamplerConfig:
+def online_sampler(
+    config: OnlineConfig, rule: GuidanceRule, schedule: NoiseSchedule
+) -> SamplerConfig:
     """Return the sampler settings of `data.online`.
 
     Args:
         config (`OnlineConfig`): The section.
         rule (`GuidanceRule`): Of the model's family.
+        schedule (`NoiseSchedule`): Of the model, which decides the default of `eta`.
     """
+    default = 0.0 if isinstance(schedule, RectifiedFlow) else 1.0
     return SamplerConfig(
         config.num_inference_steps,
         rule.of_run(config.guidance_scale),
-        config.eta,
+        default if config.eta is None else config.eta,
         config.rollout_batch_size,
         shared_init=False,
         keep="final",

@@ -86,6 +86,9 @@ class PolicySampler:
     ) -> tuple[Trajectories, LateScores]:
         """Draw k trajectories for every prompt, and score them.
 
+        Prompt dropout is for training. Images are drawn from the prompts by which they
+        are scored.
+
         On a GPU the scores are computed while the next images are sampled, also those
         of the next batch.
 
@@ -101,6 +104,7 @@ class PolicySampler:
             `tuple[Trajectories, LateScores]`: The trajectories, and what waits for
             their scores.
         """
+        batch = self.builder.with_every_prompt(batch)
         prompts = [prompt for prompt in batch.prompts for _ in range(k)]
         ahead = None
         if reward_function is not None:

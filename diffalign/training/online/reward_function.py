@@ -138,6 +138,16 @@ class RewardFunction:
             return self.panel.signed(columns, self._panel_names(), len(images))
         return torch.cat([self._scores(member, images, prompts) for member in self.members], dim=1)
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether `combined` depends on the other images of a prompt or round."""
+        if self.panel is None:
+            return len(self.members) > 1
+        from ...rewards.panel import ADDITIVE
+
+        ruled = self.panel.names_rule or len(self.panel.train_names) > 1
+        return ruled and self.panel.combine_config.method not in ADDITIVE
+
     def _panel_names(self) -> list[str]:
         train = self.panel.train_names
         return [*train, *(name for name in self.panel.names if name not in train)]

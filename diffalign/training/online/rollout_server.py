@@ -89,26 +89,28 @@ class RolloutServer:
             UserError: A server refuses it, or draws as without it.
         """
         path = str(folder.resolve())
-        for address in self.urls:
-            plain, changed = (
-                self._check_image(address, None),
-                self._check_image(address, {"name": f"{name}-check", "path": path,
-                                            "scale": _CHECK_SCALE}),
-            )  # fmt: skip
-            if isinstance(plain, Missing):
-                raise UserError(f"rollout_server: {address} drew no image: {plain.reason}")
-            # So strong a LoRA may well break the image.
-            if not isinstance(changed, Missing) and np.array_equal(
-                np.asarray(plain), np.asarray(changed)
-            ):
-                raise UserError(
-                    f"rollout_server: {address} draws the same image with and without the LoRA "
-                    f"in {path}; its files must lie on a disk that the server sees, and their "
-                    "layers must be those of its model"
-                )
-            if self.keeps_lora:
-                self._set(address, {"name": name, "path": path, "scale": 1.0})
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            list(pool.map(lambda address: self._push_to(address, path, name), self.urls))
         self.lora = {"name": name, "path": path, "scale": 1.0}
+
+    def _push_to(self, address: str, path: str, name: str) -> None:
+        """Make one server draw with a LoRA, and check that it is active."""
+        plain = self._check_image(address, None)
+        if isinstance(plain, Missing):
+            raise UserError(f"rollout_server: {address} drew no image: {plain.reason}")
+        strong = {"name": f"{name}-check", "path": path, "scale": _CHECK_SCALE}
+        changed = self._check_image(address, strong)
+        # So strong a LoRA may well break the image.
+        if not isinstance(changed, Missing) and np.array_equal(
+            np.asarray(plain), np.asarray(changed)
+        ):
+            raise UserError(
+                f"rollout_server: {address} draws the same image with and without the LoRA "
+                f"in {path}; its files must lie on a disk that the server sees, and their "
+                "layers must be those of its model"
+            )
+        if self.keeps_lora:
+            self._set(address, {"name": name, "path": path, "scale": 1.0})
 
     def clear(self) -> None:
         """Make all servers draw without a LoRA."""

@@ -91,8 +91,27 @@ class RolloutSource(RoundSource):
     with the same images. See `RoundSource` for the arguments.
     """
 
+    _layout: tuple[int, int] | None = None
+    """Groups per batch and number of processes that `drawn` counts in."""
+
     def go_to(self, data: DataPipeline, samples_seen: int) -> None:
-        """Do nothing, because the source knows its own position."""
+        """Count in the batches of this run. The source knows its own position.
+
+        Raises:
+            UserError: The checkpoint is in the middle of a round of another size.
+        """
+        size, processes = data.args.per_device_train_batch_size, data.accelerator.num_processes
+        if self._layout not in (None, (size, processes)):
+            before, ranks = self._layout
+            self.drawn, rest = divmod(self.drawn * before * ranks, size * processes)
+            if self.queue or rest:
+                raise UserError(
+                    "train.resume_from_checkpoint: the checkpoint is in the middle of a round that "
+                    f"was drawn with per_device_train_batch_size {before} and {ranks} processes, "
+                    f"here they are {size} and {processes}; resume with these, or from a "
+                    "checkpoint at the end of a round"
+                )
+        self._layout = size, processes
 
     def save(self, folder: Path, rank: int) -> None:
         """Write the rest of the round into a checkpoint, one file per process.
@@ -109,6 +128,7 @@ class RolloutSource(RoundSource):
             tensors |= {f"{i}.{name}": value for name, value in flat_tensors(batch).items()}
             plain.append({name: getattr(batch, name) for name in _PLAIN})
         facts = {"number": self.number, "drawn": self.drawn, "batches": plain}
+        facts["layout"] = self._layout
         save_file(
             tensors, folder / f"rollout-{rank}.safetensors", metadata={"rounds": json.dumps(facts)}
         )
@@ -132,6 +152,8 @@ class RolloutSource(RoundSource):
             )
         tensors, facts = read_tensors(path)
         self.number, self.drawn = facts["number"], facts["drawn"]
+        # Earlier versions did not write it.
+        self._layout = tuple(facts["layout"]) if facts.get("layout") else None
         self.queue = [
             batch_from(tensors, f"{i}.", plain, device) for i, plain in enumerate(facts["batches"])
         ]

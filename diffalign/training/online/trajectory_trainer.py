@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ...config.ranges import Range
 from ...config.section import config_section
-from ...errors import UserError
+from ...errors import ConfigError, UserError
+from ...likelihood.transitions import MIN_STD
 from ..batch import Batch
 from ..denoiser import Denoiser
-from .on_policy import OnPolicyConfig, OnPolicyTrainer
+from .on_policy import DRAWN_PROMPTS_TRAIN, OnPolicyConfig, OnPolicyTrainer
 from .rollout import Grid, Trajectories, guide, log_prob_of, transition
 
 
@@ -31,6 +32,11 @@ class TrajectoryConfig(OnPolicyConfig):
     timestep_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
     """Share of a trajectory's steps that is trained, drawn anew per row. Source:
     official code, all steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.proportion_empty_prompts:
+            raise ConfigError("proportion_empty_prompts", DRAWN_PROMPTS_TRAIN)
 
     @property
     def reduction_of_log_probs(self) -> str:
@@ -63,12 +69,25 @@ class TrajectoryTrainer(OnPolicyTrainer):
         """Check the scorers, and that the sampler has a stochastic step.
 
         Raises:
-            ConfigError: There is no scorer, or one cannot be used.
+            ConfigError: There is no scorer, one cannot be used, or eta is too small.
             UserError: No step of the sampler is stochastic.
         """
         super().validate()
-        if not len(self.usable_steps(self.sampling_grid())):
+        grid = self.sampling_grid()
+        steps = self.usable_steps(grid)
+        if not len(steps):
             raise UserError("train.eta: no step of this sampler is stochastic; give eta > 0")
+        zeros = torch.zeros(len(steps), 1, 1, 1)
+        times, next_times = grid.times[steps], grid.next_times[steps]
+        eta, dynamics = self.args.eta, self.sampler_config().dynamics
+        _, std = transition(self.schedule, zeros, zeros, times, next_times, eta, dynamics)
+        least = float(std.min())
+        if least < MIN_STD:
+            raise ConfigError(
+                "train.eta",
+                f"at {eta:g} a step has a standard deviation of {least:.2g}, "
+                f"and its log-probability needs {MIN_STD:g}; raise it",
+            )
 
     @cached_property
     def trained_steps(self) -> int:
