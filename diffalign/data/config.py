@@ -46,6 +46,14 @@ class OnlineConfig:
     flow matching, whose stochastic steps leave noise in the images."""
     rollout_batch_size: BatchSize = 8
     """Images sampled at once."""
+    rollout_server: list[str] = field(default_factory=list)
+    """Addresses of servers that draw the images: vLLM-Omni, SGLang-diffusion or
+    `diffalign serve-model`, with the same model and a disk that both sides see. Empty
+    draws here. With a LoRA only."""
+
+    def __post_init__(self) -> None:
+        if self.rollout_server and self.eta is not None:
+            raise ConfigError("eta", "the server draws by its own rules; leave it out")
 
 
 @config_section

@@ -393,13 +393,18 @@ class GRPOTrainer(AdvantageTrainer, TrajectoryTrainer):
         return stochastic
 
     def kept(self, batch: Batch, trajectories: Trajectories) -> dict[str, Tensor]:
-        """Keep states and log-probabilities. See `AdvantageTrainer.kept`."""
-        extra = {
+        """Keep the states of the steps that train, and log-probabilities. See
+        `AdvantageTrainer.kept`."""
+        optional = {"means": trajectories.means}
+        for name in ("state_numbers", "mean_numbers"):
+            numbers = getattr(trajectories, name)
+            optional[name] = None if numbers is None else numbers.expand(len(batch), -1)
+        return {
             "states": trajectories.states,
             "log_probs": trajectories.log_probs,
             "order": self.step_order(batch, self.usable_steps(self.rollout.grid)),
+            **{name: value for name, value in optional.items() if value is not None},
         }
-        return extra if trajectories.means is None else {**extra, "means": trajectories.means}
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one step of every trajectory. See

@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -72,8 +72,10 @@ from .loop import BatchSource, DatasetSource, Run, fit
 from .memory import check_memory_options, compile_blocks, store_in_8_bits
 from .online.online_data import OnlineData, online_reward_function, online_sampler
 from .online.policy_sampler import PolicySampler
+from .online.remote_sampler import RemoteSampler, connect_servers
 from .online.reward_function import RewardFunction
 from .online.rollout import SAMPLER_RULE, Grid, Rollout, SamplerConfig, grid_for_size
+from .online.rollout_server import RolloutServer
 from .online.source import RolloutSource
 from .optimizer import averaged, build_ema, build_lr_scheduler, build_optimizer, update_ema
 from .periodic import ActOnHacking, Rollback, StopOnDivergence, in_order
@@ -288,6 +290,7 @@ class Trainer:
             "model_base": model_base,
         }
         self.record = self._make_record(names, bool(self.callbacks))
+        self.server = self._online_server()
         self.validate()
         self._check_evaluation()
         if self.training_reward() is not None:
@@ -493,6 +496,21 @@ class Trainer:
         config = self.data_config.online
         return None if config is None else online_reward_function(config, self.scorers)
 
+    def _online_server(self) -> RolloutServer | None:
+        """Reach the servers of `data.online`, None if there are none."""
+        config = self.data_config.online
+        if config is None or not config.rollout_server:
+            return None
+        return connect_servers(
+            "data.online.rollout_server",
+            config.rollout_server,
+            self.backbone,
+            self.data_config,
+            self.peft_config is not None,
+            config.num_inference_steps,
+            self.backbone.guidance_rule.of_run(config.guidance_scale),
+        )
+
     def build_network(self) -> Module:
         """Build the network, in training mode. What trains requires a gradient.
 
@@ -552,13 +570,14 @@ class Trainer:
         config = self.data_config.online
         if config is None or self.online_reward is None:
             return DatasetSource()
+        sampler = self.remote_sampler or self.policy_sampler(
+            online_sampler(config, self.backbone.guidance_rule, self.schedule),
+            "sampling online data",
+        )
         online = OnlineData(
             config,
             self.online_reward,
-            self.policy_sampler(
-                online_sampler(config, self.backbone.guidance_rule, self.schedule),
-                "sampling online data",
-            ),
+            sampler,
             self.data_kind,
             self.inverted != self.data_config.invert_preferences,
             self.args.shared_noise,
@@ -699,6 +718,25 @@ class Trainer:
         )
         builder, drawing = self.data_pipeline.builder, policy or self.sampling_policy
         return PolicySampler(rollout, drawing, self.network, builder, self.accelerator)
+
+    @cached_property
+    def remote_sampler(self) -> RemoteSampler | None:
+        """Sampler that draws on a server, None without one."""
+        if self.server is None:
+            return None
+        return RemoteSampler(
+            self.server,
+            self.backbone,
+            self.accelerator,
+            self.trained,
+            self.prepared,
+            self.output_dir / "rollout_server",
+            self.drawing_weights,
+        )
+
+    def drawing_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the network has the weights that draw rounds."""
+        return nullcontext()
 
     @property
     def process(self) -> NoiseSchedule:

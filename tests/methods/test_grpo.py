@@ -162,12 +162,37 @@ def test_only_the_window_is_stochastic(family: str, tmp_path: Path) -> None:
         known = ~torch.isnan(drawn.log_probs).all(dim=0).all(dim=0)
         assert known.nonzero()[:, 0].tolist() == [window]
         states = drawn.states
-        # Images of a prompt share their initial noise, so they part at the window.
+        # Images of a prompt share their initial noise, so they part at the window. The
+        # other states are not held.
         same = (states - states[:, :1]).abs().flatten(3).amax((0, 1, 3)) == 0
-        assert same.tolist() == [step <= window for step in range(5)]
+        held = sorted({window, window + 1, 4})
+        assert drawn.state_numbers.tolist() == held
+        assert same.tolist() == [step <= window for step in held]
         whole = trainer.finish_round(trainer.reward_function, [(batch, drawn, scores)])[0]
         for part in trainer.micro_batches(whole):
             assert set(part.times.tolist()) == {trainer.rollout.grid.times[window].item()}
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_the_steps_of_a_window_are_trained_at_their_own_states(family: str, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, family, "grpo", peft_config=lora_config(), num_sde_steps=2, ratio="guard", **FAST
+    )
+    trainer.setup()
+    for number in range(4):
+        trainer.begin_round(number)
+        steps = trainer.usable_steps(trainer.rollout.grid)
+        batch = next(trainer.source.unsampled(trainer.data_pipeline))
+        drawn, scores = trainer.sample(batch)
+        whole = trainer.finish_round(trainer.reward_function, [(batch, drawn, scores)])[0]
+        assert whole.extra["means"].shape[2] == len(steps) == 2
+        assert whole.extra["states"].shape[2] == len({*(steps + 1).tolist(), *steps.tolist(), 4})
+        for part in trainer.micro_batches(whole):
+            statistics = trainer.step_statistics(part, trainer.policy)
+            recorded = part.extra["recorded"].to(statistics.log_probs)
+            torch.testing.assert_close(statistics.log_probs, recorded, rtol=1e-5, atol=1e-5)
+            means = part.extra["recorded_means"].flatten(0, 1).to(statistics.means)
+            torch.testing.assert_close(statistics.means, means, rtol=1e-4, atol=1e-5)
 
 
 def test_an_evaluation_draws_deterministically(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import RESOLUTION, brightness, build_pipeline, lora_config, make_trainer
 
+from diffalign.data.config import OnlineConfig
 from diffalign.errors import ConfigError, UserError
 from diffalign.generation.sampling import generate
 from diffalign.generation.serving import ModelService, create_model_app, make_model_server
@@ -234,6 +235,45 @@ def test_a_run_draws_with_the_weights_of_the_moment(
         width=RESOLUTION, num_inference_steps=4, guidance_scale=1.0,
     )  # fmt: skip
     assert any(not np.array_equal(np.asarray(i), e) for i, e in zip(base, images, strict=True))
+
+
+def test_an_offline_method_draws_on_a_server(tmp_path: Path) -> None:
+    """`data.online.rollout_server`: the pairs of a round are the best and the worst of
+    what the server drew with the weights of that moment."""
+    online = {"every": 1, "k": 4, "num_inference_steps": 4, "guidance_scale": 1.0}
+    drawn: list[list[Image.Image]] = []
+    with serving() as (url, service):
+        online["rollout_server"] = [url]
+        trainer = make_trainer(
+            tmp_path / "run", "sd", "diffusion_dpo", peft_config=lora_config(), max_steps=2,
+            learning_rate=5e-2, per_device_train_batch_size=1, data={"online": online},
+            options={"scorers": [brightness]},
+        )  # fmt: skip
+        trainer.setup()
+        draw = trainer.server.draw
+
+        def recording(prompts: list[str], seeds: list[int], ahead: Any) -> list[Image.Image]:
+            drawn.append(draw(prompts, seeds, ahead))
+            return drawn[-1]
+
+        trainer.server.draw = recording
+        batches: list[Any] = []
+        make = trainer.source.make
+        trainer.source.make = lambda *round_: batches.extend(make(*round_)) or batches[-1:]
+        trainer.train()
+        assert service.active is not None
+    assert len(drawn) == 2
+    for images, batch in zip(drawn, batches, strict=True):
+        assert len(images) == 4
+        scores = brightness(images, [""] * 4)
+        pair = [images[int(i)] for i in (scores.argmax(), scores.argmin())]
+        pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) for i in pair])
+        latents, _ = trainer.backbone.encode_images(pixels.float() / 127.5 - 1)
+        torch.testing.assert_close(batch.x0[0].cpu(), latents.float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="data.online.rollout_server: a server can only take a"):
+        make_trainer(tmp_path / "full", "sd", "diffusion_dpo", data={"online": online})
+    with pytest.raises(ConfigError, match="eta: the server draws by its own rules; leave it out"):
+        OnlineConfig(rollout_server=[url], eta=0.5)
 
 
 def test_a_pushed_lora_needs_no_metadata(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import field
 from functools import cached_property
 from typing import Annotated
@@ -20,13 +20,12 @@ from ...config.ranges import NotNegative, OneOf, count
 from ...config.section import config_section
 from ...errors import ConfigError
 from ..batch import Batch
-from ..data_pipeline import DataPipeline, build_transform
+from ..data_pipeline import DataPipeline
 from ..denoiser import Denoiser
 from .advantage_estimator import AdvantageConfig, AdvantageTrainer
 from .policy_sampler import LateScores, PolicySampler
-from .remote_sampler import RemoteSampler
+from .remote_sampler import connect_servers
 from .rollout import SamplerConfig, Trajectories
-from .rollout_server import RolloutServer
 from .solvers import SOLVERS
 from .source import RolloutSource
 
@@ -74,8 +73,6 @@ class ForwardProcessTrainer(AdvantageTrainer):
     """Base class of methods that train at noised copies of their own samples."""
 
     args: ForwardProcessConfig
-    server: RolloutServer | None = None
-    """Draws the images, with `rollout_server`."""
 
     def sampler_config(self) -> SamplerConfig:
         """Return the settings of the sampler, see `OnPolicyTrainer.sampler_config`."""
@@ -96,42 +93,19 @@ class ForwardProcessTrainer(AdvantageTrainer):
         args = self.args
         if not args.rollout_server:
             return
-        if self.peft_config is None:
-            raise ConfigError(
-                "train.rollout_server",
-                "a server can only take a LoRA; give a lora section, or leave it out",
-            )
         if args.solver != "default" or args.eta or args.shared_init:
             raise ConfigError(
                 "train.rollout_server",
                 "the server draws by its own rules; leave out solver, eta and shared_init",
             )
-        width, height = reversed(build_transform(self.data_config, self.backbone).sizes[0])
-        embedded = self.backbone.guidance if self.backbone.embeds_guidance else None
-        settings = {
-            "size": f"{width}x{height}",
-            "num_inference_steps": args.num_inference_steps,
-            "guidance_scale": self.guidance_scale if embedded is None else embedded,
-        }
-        self.server = RolloutServer(args.rollout_server, settings)
-
-    def drawing_weights(self) -> AbstractContextManager[None]:
-        """Return the context in which the network has the weights that draw."""
-        return nullcontext()
-
-    @cached_property
-    def remote_sampler(self) -> RemoteSampler | None:
-        """Sampler that draws on a server, None without one."""
-        if self.server is None:
-            return None
-        return RemoteSampler(
-            self.server,
+        self.server = connect_servers(
+            "train.rollout_server",
+            args.rollout_server,
             self.backbone,
-            self.accelerator,
-            self.trained,
-            self.prepared,
-            self.output_dir / "rollout_server",
-            self.drawing_weights,
+            self.data_config,
+            self.peft_config is not None,
+            args.num_inference_steps,
+            self.guidance_scale,
         )
 
     def begin_round(self, number: int) -> None:

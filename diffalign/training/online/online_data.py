@@ -20,6 +20,7 @@ from ...errors import ConfigError
 from ...likelihood import NoiseSchedule, RectifiedFlow, group_noise
 from ..batch import Batch
 from .policy_sampler import PolicySampler, RoundCheck
+from .remote_sampler import RemoteSampler
 from .reward_function import RewardFunction
 from .rollout import SamplerConfig
 
@@ -72,7 +73,7 @@ class OnlineData:
     Args:
         config (`OnlineConfig`): The section.
         reward_function (`RewardFunction`): Scores the images.
-        sampler (`PolicySampler`): Draws the images.
+        sampler (`PolicySampler` or `RemoteSampler`): Draws the images.
         kind (`str`): Kind of the method's groups: `pair`, `ranked` or `single`.
         inverted (`bool`): Whether the method prefers the rejected images.
         shared_noise (`bool`): Whether the images of a group share their noise in
@@ -85,7 +86,7 @@ class OnlineData:
         self,
         config: OnlineConfig,
         reward_function: RewardFunction,
-        sampler: PolicySampler,
+        sampler: PolicySampler | RemoteSampler,
         kind: str,
         inverted: bool,
         shared_noise: bool,
@@ -106,6 +107,8 @@ class OnlineData:
         Returns:
             `list[Batch]`: Batches to train on.
         """
+        if isinstance(self.sampler, RemoteSampler):
+            self.sampler.push()
         check, groups = RoundCheck(self.sampler.accelerator, self.reward_function), []
         drawn = [
             (batch, self.sampler(batch, self.config.k, self.reward_function, "online"))

@@ -18,14 +18,56 @@ from torch.nn import Module
 
 from ...backbones import Backbone
 from ...backbones.lora_formats import fold_alpha, read_lora, write_lora
+from ...data.config import DataConfig
+from ...errors import ConfigError
 from ...runtime.missing import MaybeImage, Missing
 from ...runtime.weight_files import USUAL_LORA
 from ..batch import Batch
+from ..data_pipeline import build_transform
 from ..trained_weights import TrainedWeights
 from .policy_sampler import LateScores
 from .reward_function import RewardFunction, ScoreAhead
 from .rollout import Trajectories
 from .rollout_server import RolloutServer
+
+
+def connect_servers(
+    field: str,
+    addresses: Sequence[str],
+    backbone: Backbone,
+    data_config: DataConfig,
+    has_lora: bool,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> RolloutServer:
+    """Reach the servers that draw the images of a run.
+
+    Args:
+        field (`str`): Name of the setting, for the message.
+        addresses (`Sequence[str]`): Addresses of servers with the run's model.
+        backbone (`Backbone`): The model.
+        data_config (`DataConfig`): Gives the size of the images.
+        has_lora (`bool`): Whether a LoRA trains.
+        num_inference_steps (`int`): Steps of the sampler.
+        guidance_scale (`float`): In the scale of the family's pipelines. A model with
+            embedded guidance draws with that.
+
+    Raises:
+        ConfigError: All weights train, or an address is none.
+        UserError: A server cannot be reached.
+    """
+    if not has_lora:
+        raise ConfigError(
+            field, "a server can only take a LoRA; give a lora section, or leave it out"
+        )
+    width, height = reversed(build_transform(data_config, backbone).sizes[0])
+    embedded = backbone.guidance if backbone.embeds_guidance else None
+    settings = {
+        "size": f"{width}x{height}",
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale if embedded is None else embedded,
+    }
+    return RolloutServer(addresses, settings)
 
 
 class RemoteSampler:

@@ -127,7 +127,8 @@ class Trajectories:
 
     Attributes:
         states (`Tensor`): Latents from the initial noise to the sample, (g, k, S + 1,
-            C, h, w), float32. Only the sample, (g, k, 1, C, h, w), if `keep` is
+            C, h, w), float32. If only some steps are stochastic, those before and after
+            them and the sample. Only the sample, (g, k, 1, C, h, w), if `keep` is
             `final`.
         log_probs (`Tensor`): Log-probability of each step under the policy that drew
             it, (g, k, S). NaN for a deterministic step. (g, k, 0) if `keep` is `final`.
@@ -136,7 +137,12 @@ class Trajectories:
         broken (`Tensor`, *optional*): Trajectories that were not finite, (g, k), bool.
             Their states are zero.
         means (`Tensor`, *optional*): Mean of each step, (g, k, S, C, h, w), float32, if
-            `keep` is `means`.
+            `keep` is `means`. Those of the stochastic steps, if only some are.
+        state_numbers (`Tensor`, *optional*): Which states are held, in order, from 0
+            for the initial noise to S for the sample, (p,). None means all, or only the
+            sample.
+        mean_numbers (`Tensor`, *optional*): The steps whose means are held, in order.
+            None means all.
     """
 
     states: Tensor
@@ -144,6 +150,8 @@ class Trajectories:
     images: list[list[MaybeImage]]
     broken: Tensor | None = None
     means: Tensor | None = None
+    state_numbers: Tensor | None = None
+    mean_numbers: Tensor | None = None
 
     @property
     def final(self) -> Tensor:
@@ -488,8 +496,8 @@ class Rollout:
                 image and the chunk's images, as soon as they are decoded.
             progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
             stochastic (`Tensor`, *optional*): Which steps are stochastic, (S,), bool.
-                The others are deterministic. None makes all of them so, if eta is above
-                0.
+                The others are deterministic, and states that belong to none of them are
+                not kept. None makes all of them so, if eta is above 0.
 
         Returns:
             `Trajectories`: The trajectories, on the CPU.
@@ -503,6 +511,7 @@ class Rollout:
             self.config.eta if stochastic is None or bool(stochastic[i]) else 0.0
             for i in range(steps)
         ]
+        state_numbers, mean_numbers = self._kept(stochastic)
         states, log_probs, means, images, lost = [], [], [], [], []
         with progress_bar(
             total=len(flat) * steps,
@@ -524,7 +533,14 @@ class Rollout:
                 before = [stream.get_state() for stream in streams[part]], bar.n
                 try:
                     path, path_log_probs, path_means = self._chunk(
-                        predict, flat[part].to(device), condition, empty, streams[part], etas, bar
+                        predict,
+                        flat[part].to(device),
+                        condition,
+                        empty,
+                        streams[part],
+                        etas,
+                        (state_numbers, mean_numbers),
+                        bar,
                     )
                     broken = ~torch.isfinite(path.flatten(1)).all(1)
                     pictures = self._pictures(path[:, -1].to(device), broken) if decode else []
@@ -554,7 +570,20 @@ class Rollout:
         grouped = [images[i * k : (i + 1) * k] for i in range(g)] if decode else []
         parts = [torch.cat(values).unflatten(0, (g, k)) for values in (states, log_probs, lost)]
         kept_means = torch.cat(means).unflatten(0, (g, k)) if means else None
-        return Trajectories(parts[0], parts[1], grouped, parts[2], kept_means)
+        return Trajectories(
+            parts[0], parts[1], grouped, parts[2], kept_means, state_numbers, mean_numbers
+        )
+
+    def _kept(self, stochastic: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the numbers of the states and of the means that are kept.
+
+        None each if all of them are, or only the sample.
+        """
+        if stochastic is None or self.config.keep == "final":
+            return None, None
+        steps = stochastic.nonzero()[:, 0]
+        end = torch.tensor([len(self.grid)])
+        return torch.cat([steps, steps + 1, end]).unique(), steps
 
     def _pictures(self, latents: Tensor, broken: Tensor) -> list[MaybeImage]:
         return [
@@ -589,15 +618,21 @@ class Rollout:
         unconditional: Mapping[str, Tensor] | None,
         streams: list[torch.Generator],
         etas: list[float],
+        kept: tuple[Tensor | None, Tensor | None],
         bar: Bar,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Draw some trajectories. Returns states, log-probabilities and means."""
         config, grid, n = self.config, self.grid, len(sample)
+        state_numbers, mean_numbers = (
+            range(len(grid) + 1) if numbers is None else numbers.tolist() for numbers in kept
+        )
         if config.solver != "default":
             path = self._solved(predict, sample, condition, unconditional, bar)
             return path, path.new_zeros(n, 0), []
         whole = config.keep != "final"
-        states, log_probs, means = [sample.float().cpu()] if whole else [], [], []
+        states, log_probs, means = [], [], []
+        if whole and 0 in state_numbers:
+            states.append(sample.float().cpu())
         for number, eta in enumerate(etas):
             times, next_times = grid.times[number].expand(n), grid.next_times[number].expand(n)
             output = self._output(predict, sample, times, condition, unconditional)
@@ -617,8 +652,9 @@ class Rollout:
                 )
             else:
                 log_probs.append(torch.full((n,), float("nan")))
-            states.append(sample.cpu())
-            if config.keep == "means":
+            if number + 1 in state_numbers:
+                states.append(sample.cpu())
+            if config.keep == "means" and number in mean_numbers:
                 means.append(mean.float().cpu())
         if not whole:
             return sample.float().cpu()[:, None], torch.zeros(n, 0), []

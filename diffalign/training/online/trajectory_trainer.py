@@ -146,7 +146,7 @@ class TrajectoryTrainer(OnPolicyTrainer):
         """
         grid = self.rollout.grid
         device, rows = batch.x0.device, torch.arange(len(batch))
-        of_steps = ("states", "log_probs", "means", "order")
+        of_steps = ("states", "log_probs", "means", "order", "state_numbers", "mean_numbers")
         others = {name: value for name, value in batch.extra.items() if name not in of_steps}
         for number in range(batch.extra["order"].shape[1]):
             step = batch.extra["order"][:, number]
@@ -156,12 +156,14 @@ class TrajectoryTrainer(OnPolicyTrainer):
                 "recorded": batch.extra["log_probs"][rows, :, step],
             }
             if "means" in batch.extra:
-                extra["recorded_means"] = batch.extra["means"][rows, :, step]
+                mean = _places(batch, "mean_numbers", step)
+                extra["recorded_means"] = batch.extra["means"][rows, :, mean]
+            before, after = (_places(batch, "state_numbers", step + i) for i in (0, 1))
             yield dataclasses.replace(
                 batch,
                 times=grid.times[step],
-                noisy=batch.extra["states"][rows, :, step].to(device),
-                x0=batch.extra["states"][rows, :, step + 1].to(device),
+                noisy=batch.extra["states"][rows, :, before].to(device),
+                x0=batch.extra["states"][rows, :, after].to(device),
                 extra=extra,
             )
 
@@ -229,3 +231,16 @@ class TrajectoryTrainer(OnPolicyTrainer):
             `Tensor`: (g, k).
         """
         return self.step_statistics(batch, denoiser).log_probs
+
+
+def _places(batch: Batch, name: str, numbers: Tensor) -> Tensor:
+    """Return where states or means of these numbers are held, one per group.
+
+    Args:
+        batch (`Batch`): Its extra `name` has the numbers that are held. Without it all
+            are.
+        name (`str`): `state_numbers` or `mean_numbers`.
+        numbers (`Tensor`): (g,).
+    """
+    held = batch.extra.get(name)
+    return numbers if held is None else (held == numbers[:, None]).int().argmax(1)
