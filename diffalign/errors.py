@@ -54,3 +54,13 @@ class ConfigError(UserError):
             section (`str`): put in front of the field.
         """
         return ConfigError(f"{section}.{self.field}", self.problem)
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Shorten the message of a library's error to one line.
+
+    Args:
+        error (`BaseException`): The error. Without a message its type is named.
+        length (`int`, *optional*, defaults to `300`): Largest number of characters.
+    """
+    return " ".join(str(error).split())[:length] or type(error).__name__

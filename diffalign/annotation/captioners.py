@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime.hashing import place_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
-from ..runtime.weight_files import check_component, explained, load_transformers, loading_errors
+from ..runtime.weight_files import check_component, load_transformers, loading_errors
 
 if TYPE_CHECKING:
     import torch
@@ -269,4 +269,4 @@ def load_part(cls: Any, model: str, field: str, **options: Any) -> Any:
     except UserError:
         raise
     except loading_errors() as error:
-        raise ConfigError(field, f"cannot load {model!r} ({explained(error)[:200]})") from error
+        raise ConfigError(field, f"cannot load {model!r} ({one_line(error)})") from error

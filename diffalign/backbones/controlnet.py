@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .base import Backbone
 
 FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -52,7 +52,7 @@ def load_controlnet(backbone: Backbone, unet: Any, place: str | Path | None) -> 
         try:
             network = ControlNetModel.from_pretrained(str(place), use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 "train.controlnet", f"{str(place)!r} cannot be loaded ({reason})"
             ) from error

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from ..config.yaml_text import expand_home
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..runtime import text_files
 from ..runtime.hashing import module_hash, sampled_hash, text_hash
 from ..runtime.weight_files import (
     check_component,
     check_filled,
     could_be_hub_id,
-    explained,
     load_transformers,
     loading_errors,
 )
@@ -130,7 +129,7 @@ class ModelSource:
         try:
             file = hf_hub_download(self.name, "model_index.json", revision=self.revision)
         except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 "model",
                 f"neither a local folder nor a pipeline on the Hub: {self.name!r} ({reason})",
@@ -163,7 +162,7 @@ class ModelSource:
             raise
         except loading_errors() as error:
             what = f"component {component} of {self.name!r}" if component else repr(self.name)
-            raise ConfigError("model", f"{what} cannot be loaded: {explained(error)}") from error
+            raise ConfigError("model", f"{what} cannot be loaded: {one_line(error)}") from error
 
     def from_transformers(self, name: str) -> bool:
         """Tell whether a component is a network of transformers."""
@@ -374,7 +373,7 @@ class ModelSource:
             )
         except loading_errors() as error:
             raise ConfigError(
-                "vae", f"{str(self.vae)!r} cannot be loaded: {explained(error)}"
+                "vae", f"{str(self.vae)!r} cannot be loaded: {one_line(error)}"
             ) from error
         check_filled(module, "vae", repr(str(self.vae)))
         return module

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..runtime.distributed import whole
 from ..runtime.weight_files import (
     TEXT_PREFIXES,
@@ -24,7 +24,6 @@ from ..runtime.weight_files import (
     LoraContent,
     classify,
     could_be_hub_id,
-    explained,
     fetch_lora_file,
     find_lora_file,
     loading_errors,
@@ -348,7 +347,7 @@ def load_lora(
         if isinstance(error, UserError) or not isinstance(error, loading_errors()):
             raise
         raise UserError(
-            f"{role}: {str(weights)!r} holds no LoRA for this model ({explained(error)[:200]})"
+            f"{role}: {str(weights)!r} holds no LoRA for this model ({one_line(error)})"
         ) from error
     if denoiser_only and content is not None and content.text_encoders:
         warnings.warn(

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..runtime.hashing import sampled_hash, text_hash
-from ..runtime.weight_files import explained, loading_errors, read_header, what_is_wrong
+from ..runtime.weight_files import loading_errors, read_header, what_is_wrong
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _ONE_OF_UNET = "model.diffusion_model.input_blocks."
@@ -188,7 +188,7 @@ def _convert(
         os.replace(temporary, folder)
     except loading_errors() as error:
         # diffusers leaves the weights that a file lacks on the meta device.
-        reason = "weights are missing" if "meta tensor" in str(error) else explained(error)
+        reason = "weights are missing" if "meta tensor" in str(error) else one_line(error)
         raise ConfigError(
             "model",
             f"{str(path)!r} cannot be converted with the configs of {base!r} ({reason}); the file "

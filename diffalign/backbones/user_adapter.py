@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.ranges import suggestion
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..runtime.files import read_tensors, save_tensors, write_atomically
 
 WEIGHTS, CONFIG = "user_adapter.safetensors", "user_adapter.json"
@@ -379,7 +379,7 @@ def load_user_adapter(network: nn.Module, folder: str | Path) -> tuple[UserAdapt
     try:
         adapter.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"user adapter: {folder / WEIGHTS} does not fit ({reason})") from None
     adapter.to(next(network.parameters()).device)
     adapter.attach(network)

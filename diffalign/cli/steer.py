@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.ranges import count, finite, not_negative, seed, side, steps
 from ..config.yaml_text import NotYaml, read_yaml_text
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime.distributed import DistributedContext
 from ..runtime.files import LOCK, claim_output_dir, holds_run, save_image
 from ..runtime.missing import Missing
-from ..runtime.weight_files import check_component, check_filled, explained, loading_errors
+from ..runtime.weight_files import check_component, check_filled, loading_errors
 from ..shapes.models import embedded_name
 from .results import Result, read_json_file
 from .steer_report import write_report
@@ -610,7 +610,7 @@ def _tiny_decoder(name: str, dtype: Any) -> Any:
         raise
     except loading_errors() as error:
         raise UserError(
-            f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({explained(error)[:200]})"
+            f"--tiny_decoder: {name!r} holds no AutoencoderTiny ({one_line(error)})"
         ) from error
     check_filled(module, "--tiny_decoder", repr(name))
     return module

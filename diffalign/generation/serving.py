@@ -28,7 +28,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..rewards.serving.client import png_base64
 from ..rewards.serving.server import ScorerServer
 from ..runtime.missing import Missing
@@ -110,7 +110,7 @@ class ModelService:
                     **settings,
                 )
             except ValueError as error:  # for instance a size that is no multiple of 8
-                raise BadRequest(" ".join(str(error).split())[:300]) from None
+                raise BadRequest(one_line(error)) from None
         return [image if isinstance(image, Missing) else png_base64(image) for image in images]
 
     def _settings(self, request: dict[str, Any]) -> dict[str, Any]:

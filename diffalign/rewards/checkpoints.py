@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime import text_files
 from ..runtime.hashing import WEIGHT_SUFFIXES
 from ..runtime.weight_files import could_be_hub_id
@@ -102,7 +102,7 @@ def _from_hub(name: str, spec: ScorerSpec, filename: str | None, revision: str |
 
 
 def _not_here(name: str, spec: ScorerSpec, filename: str | None, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:160]
+    reason = one_line(error)
     what = f"{filename} of {name!r}" if filename else repr(name)
     return (
         f"the weights of {spec.key}, {what}, are not on this machine and the Hub did not "

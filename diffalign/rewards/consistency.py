@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 
 Kind = Literal["classes", "map", "scalar"]
 KINDS = get_args(Kind)
@@ -245,7 +245,7 @@ class TransformersConsistency:
             self.network = loader.from_pretrained(str(model))
             processor = transformers.AutoImageProcessor.from_pretrained(str(model))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"consistency: {str(model)!r} cannot be loaded ({reason})") from error
         self.network.requires_grad_(False).eval()
         size = processor.size

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..config.yaml_text import expand_home
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime.hashing import bytes_hash, text_hash, value_hash
 from ..runtime.protocols import DeviceLike, DtypeLike
-from ..runtime.weight_files import explained, loading_errors
+from ..runtime.weight_files import loading_errors
 from .base import Item, Scorer
 from .checkpoints import ConfigLike
 from .scoring import BatchScores
@@ -251,7 +251,7 @@ def load_scorer(
             raise ConfigError(
                 field,
                 f"{scorer_class.spec.key} cannot be built from these files "
-                f"({explained(error)[:200]}); compare them with the published ones",
+                f"({one_line(error)}); compare them with the published ones",
             ) from error
 
 

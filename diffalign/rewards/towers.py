@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime.hashing import text_hash
 from . import checkpoints
 from .checkpoints import ConfigLike
@@ -266,7 +266,7 @@ def load_tokenizer(cls: Any, source: str | Path, name: str) -> Any:
             cls(vocab=str(source)) if Path(source).is_file() else cls.from_pretrained(str(source))
         )
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, KeyError, ...
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ConfigError(
             "tokenizer",
             f"{str(source)!r} cannot be loaded for {name} ({reason}); pass tokenizer=FOLDER",
@@ -494,7 +494,7 @@ def _published(architecture: str | None, tag: str) -> tuple[Path, dict[str, Any]
     try:
         path = download_pretrained(published)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ConfigError(
             "model",
             f"the weights {tag!r} of {architecture} are not on this machine and cannot be "
@@ -521,7 +521,7 @@ def _open_clip_tokenizer(
         else:
             tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ConfigError(
             "tokenizer", f"{str(source)!r} cannot be loaded for {name} ({reason})"
         ) from error

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config.ranges import suggestion
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..runtime.devices import read_device
 from .serving.client import ServerFailure, check_url, png_base64, request_json
 
@@ -230,7 +230,7 @@ class HiddenStates:
             self.processor = transformers.AutoProcessor.from_pretrained(str(model))
             network = transformers.AutoModelForImageTextToText.from_pretrained(str(model))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"user_embeddings: {str(model)!r} cannot be loaded ({reason})"
             ) from error

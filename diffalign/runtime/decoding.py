@@ -12,6 +12,8 @@ import io
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+from ..errors import one_line
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
@@ -112,7 +114,7 @@ def open_image(source: ImageSource) -> Image.Image:
         except FileNotFoundError:
             raise UnreadableImage("the image file does not exist") from None
         except Exception as error:  # PIL's plugins raise whatever the bad bytes lead them to
-            raise UnreadableImage(f"image cannot be opened: {_reason(error)}") from error
+            raise UnreadableImage(f"image cannot be opened: {one_line(error)}") from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
@@ -156,10 +158,6 @@ def _not_an_image(source: str | Path | bytes | memoryview) -> str:
     return "image cannot be opened: no image format that is read here"
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def header(source: ImageSource) -> tuple[tuple[int, int], str]:
     """Read the size and format of an image from its header alone.
 
@@ -186,7 +184,7 @@ def header(source: ImageSource) -> tuple[tuple[int, int], str]:
         turned = orientation in (5, 6, 7, 8)
         kind = opened.format or "in memory"
     except Exception as error:
-        raise UnreadableImage(f"image cannot be opened: {_reason(error)}") from error
+        raise UnreadableImage(f"image cannot be opened: {one_line(error)}") from error
     finally:
         if opened is not source:
             opened.close()
@@ -213,7 +211,7 @@ def decode(source: ImageSource) -> Image.Image:
     except UnreadableImage:
         raise
     except Exception as error:
-        raise UnreadableImage(f"image cannot be decoded: {_reason(error)}") from error
+        raise UnreadableImage(f"image cannot be decoded: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -311,7 +309,7 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
             array = (array.float() if array.is_floating_point() else array).numpy()
         except (NotImplementedError, RuntimeError, TypeError) as error:
             # Sparse, or on the meta device.
-            raise UnreadableImage(f"a tensor that cannot be read ({_reason(error)})") from error
+            raise UnreadableImage(f"a tensor that cannot be read ({one_line(error)})") from error
     values = np.asarray(array)
     if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
         values = values.transpose(1, 2, 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -262,11 +262,6 @@ def could_be_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
-def explained(error: BaseException) -> str:
-    """Shorten a library's error to one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def loading_errors() -> tuple[type[Exception], ...]:
     """List what libraries raise for files that cannot be loaded.
 
@@ -459,6 +454,6 @@ def fetch_lora_file(name: str, role: str) -> Path:
     except Exception as error:  # the hub raises a dozen types: missing, gated, offline, ...
         raise UserError(
             f"{role}: neither a local file or folder nor a LoRA on the Hub: {name!r} "
-            f"({explained(error)[:200]})"
+            f"({one_line(error)})"
         ) from error
     raise UserError(f"{role}: {name!r} holds {held}; download the file of one LoRA and name it")

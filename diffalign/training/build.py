@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backbones import Backbone
 from ..backbones.lora import unwrapped
 from ..config.yaml_text import shown
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..likelihood import NoiseSchedule, VariancePreserving, with_zero_terminal_snr
 from ..runtime.distributed import process_count, reshard
 from .config import TrainingConfig
@@ -301,7 +301,7 @@ def set_attention(network: Any, backend: str) -> None:
     try:
         network.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             "train.attention",
             f"the backend {backend!r} cannot be used here ({reason}); native always can",

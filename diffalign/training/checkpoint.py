@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn import Module
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..runtime.distributed import copy_whole, local_part, whole
 from ..runtime.files import save_tensors, write_atomically
 from .build import trainable_parameters
@@ -400,7 +400,7 @@ class CheckpointManager:
                 if checkpoints
                 else "there is no earlier checkpoint"
             )
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise CheckpointError(
                 f"checkpoint-{state.global_step} could not be written ({reason}); {survives}"
             ) from error
@@ -483,7 +483,7 @@ class CheckpointManager:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"{folder} cannot be read ({reason}); resume from an earlier checkpoint"
             ) from error
@@ -522,7 +522,7 @@ class CheckpointManager:
             ):
                 raise ValueError("a state is missing")
         except Exception as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             raise UserError(
                 f"{folder} is damaged: the random state {name} cannot be read ({reason}); "
                 "resume from an earlier checkpoint"

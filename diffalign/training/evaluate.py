@@ -14,9 +14,9 @@ from torch.nn import Module
 
 from ..backbones import Backbone
 from ..backbones.conditions import cast
+from ..errors import one_line
 from ..likelihood import implicit_rewards
 from ..runtime.distributed import sharded_modules
-from ..runtime.weight_files import explained
 from .data_pipeline import DataPipeline
 from .denoiser import Denoiser
 from .loop import Task
@@ -78,7 +78,7 @@ def measure_rounding(
     try:
         spread, pairs = _rounding(policy, network, backbone, data, beta)
     except Exception as error:  # too little memory, no float32 attention, or quantised
-        sentence = f"rounding: not measured ({type(error).__name__}: {explained(error)[:100]})"
+        sentence = f"rounding: not measured ({type(error).__name__}: {one_line(error, 100)})"
     else:
         sentence = (
             f"rounding: {precision} alone moves the logit of the same weights by "

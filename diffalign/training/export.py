@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.nn import Module
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .model_card import write_card
 from .run_record import RunRecord
 from .sections import HubConfig
@@ -83,7 +83,7 @@ def check_hub(config: HubConfig) -> None:
         try:
             validate_repo_id(config.hub_model_id)
         except HFValidationError as error:
-            raise ConfigError("hub.hub_model_id", " ".join(str(error).split())[:200]) from None
+            raise ConfigError("hub.hub_model_id", one_line(error)) from None
 
 
 def push_to_hub(folder: Path, config: HubConfig, commit_message: str | None = None) -> str:
@@ -125,7 +125,7 @@ def push_to_hub(folder: Path, config: HubConfig, commit_message: str | None = No
             ],
         )
     except Exception as error:  # every transport and permission error of the client
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             "hub.hub_model_id", f"the upload failed ({reason}); the model is in {str(folder)!r}"
         ) from error

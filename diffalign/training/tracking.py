@@ -16,9 +16,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ..config.ranges import suggestion
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..runtime.files import write_atomically
-from ..runtime.weight_files import explained
 from .loop_config import LoopConfig
 
 
@@ -182,7 +181,7 @@ class MetricLog:
             except Exception as error:  # of any library, a network's for instance
                 self.accelerator.trackers.remove(tracker)
                 warnings.warn(
-                    f"train.report_to: {tracker.name} failed ({explained(error)}); the run goes on "
+                    f"train.report_to: {tracker.name} failed ({one_line(error)}); the run goes on "
                     f"without it, and the metrics are in {self.path}",
                     stacklevel=2,
                 )
@@ -245,7 +244,7 @@ def start_trackers(accelerator: Accelerator, args: LoopConfig) -> None:
         )
     except Exception as error:  # of any library: no login, no server
         raise ConfigError(
-            "train.report_to", f"{args.report_to} could not start ({explained(error)})"
+            "train.report_to", f"{args.report_to} could not start ({one_line(error)})"
         ) from error
 
 
@@ -260,7 +259,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
             tracker.finish()
         except Exception as error:
             warnings.warn(
-                f"train.report_to: {tracker.name} failed at the end ({explained(error)})",
+                f"train.report_to: {tracker.name} failed at the end ({one_line(error)})",
                 stacklevel=2,
             )
     accelerator.trackers = []

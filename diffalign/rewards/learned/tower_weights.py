@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UserError
-from ...runtime.weight_files import explained, loading_errors
+from ...errors import ConfigError, UserError, one_line
+from ...runtime.weight_files import loading_errors
 
 TOWERS = "towers.safetensors"
 LORA_FIELDS = (
@@ -82,7 +82,7 @@ def add_lora(towers: nn.Module, config: Any) -> Any:
     try:
         return LoraModel(towers, {"default": config}, "default")
     except (ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ConfigError(
             "lora.target_modules", f"these layers cannot have a LoRA ({reason})"
         ) from error
@@ -135,7 +135,7 @@ def load_towers(scorer: Any, folder: Path, facts: Mapping[str, Any]) -> None:
             handle = add_lora(towers, config)
         put_state(towers, load_file(folder / TOWERS))
     except errors as error:
-        raise UserError(f"{folder / TOWERS} is damaged ({explained(error)[:200]})") from error
+        raise UserError(f"{folder / TOWERS} is damaged ({one_line(error)})") from error
     if handle is not None:
         handle.merge_and_unload()
     towers.requires_grad_(False).eval()

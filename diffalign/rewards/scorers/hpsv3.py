@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UserError
+from ...errors import ConfigError, UserError, one_line
 from ...runtime.hashing import content_hash
 from .. import checkpoints
 from ..base import Item, Scorer
@@ -228,7 +228,7 @@ class HPSv3(Scorer):
             settings = transformers.AutoConfig.from_pretrained(base)
             self.processor: Any = transformers.AutoProcessor.from_pretrained(base)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 "tokenizer", f"{base!r} holds no Qwen2-VL configuration ({reason})"
             ) from None
@@ -265,7 +265,7 @@ class HPSv3(Scorer):
             network.load_state_dict(weights)
             rows.load_state_dict(head)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise ConfigError("model", f"{self.source} does not fit {_BASE} ({reason})") from None
         if self.rounded_positions:
             round_frequencies(network)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, UserError
+from ...errors import ConfigError, UserError, one_line
 from ...runtime.files import write_atomically
 from ...runtime.hashing import content_hash, text_hash
 from ...runtime.protocols import DeviceLike, DtypeLike
-from ...runtime.weight_files import explained, loading_errors
+from ...runtime.weight_files import loading_errors
 from ..base import Scorer
 from ..images import Images, read_images
 from ..learned.heads import QUANTILES, FactorHead, PalHead, RewardHead
@@ -100,7 +100,7 @@ class TrainedReward(ModelScorer):
             self.head = build_head(head)
             self.head.load_state_dict(load_file(self.folder / WEIGHTS))
         except loading_errors() as error:
-            reason = explained(error)[:200]
+            reason = one_line(error)
             raise UserError(f"{self.folder / WEIGHTS} is damaged ({reason})") from error
         wide = torch.promote_types(self.dtype, torch.float32)
         self.head.requires_grad_(False).eval().to(self.device, wide)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, one_line
 from ...runtime.hashing import content_hash, text_hash
 from ..base import Item, Scorer
 from ..spec import ScorerSpec
@@ -89,7 +89,7 @@ class VQAScore(Scorer):
                 self.model, dtype=self.dtype
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError("model", f"{self.model!r} cannot be loaded ({reason})") from None
         self.network = network.requires_grad_(False).eval().to(self.device)
         self.answers = [self._tokens(text) for text in (answer, against) if text is not None]
