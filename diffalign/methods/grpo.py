@@ -181,8 +181,7 @@ def guard_log_ratios(
 
     Args:
         log_probs, recorded (`Tensor`): Log-probabilities of policy and old policy,
-        means
-            over the elements, (n,).
+            means over the elements, (n,).
         means, recorded_means (`Tensor`): Means of their steps, (n, ...).
         std (`Tensor`): Deviation of the steps, broadcastable to the means.
 
@@ -209,10 +208,10 @@ def step_kl(
             the means of the steps. ``x`` is Flow-GRPO's, which divides by the diffusion
             without the length of the step: `exact` times -dt. ``v`` is the squared
             difference of the outputs.
-        policy, reference (`Tensor`): Means of the steps, or outputs for ``v``, (n,
-        ...). std (`Tensor`, *optional*): Deviation of the steps, broadcastable to the
-        means. dt (`Tensor`, *optional*): Change of sigma in the step, negative, (n,),
-        for
+        policy, reference (`Tensor`): Means of the steps, or outputs for ``v``,
+            (n, ...).
+        std (`Tensor`, *optional*): Deviation of the steps, broadcastable to the means.
+        dt (`Tensor`, *optional*): Change of sigma in the step, negative, (n,), for
             ``x``.
 
     Returns:

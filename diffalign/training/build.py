@@ -314,12 +314,14 @@ def trainable_parameters(network: Module) -> list[Parameter]:
     return [p for p in network.parameters() if p.requires_grad]
 
 
-def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
+def planned_steps(args: TrainingConfig, data: DataPipeline, passes: int = 1) -> int:
     """Compute the number of optimizer steps of a run.
 
     Args:
         args (`TrainingConfig`): Settings of the run.
         data (`DataPipeline`): The training data.
+        passes (`int`, *optional*, defaults to `1`): How often a group trains in an
+            epoch.
 
     Raises:
         ConfigError: A stream needs `max_steps`.
@@ -328,7 +330,7 @@ def planned_steps(args: TrainingConfig, data: DataPipeline) -> int:
         return args.max_steps
     if data.streaming:
         raise ConfigError("train.max_steps", "a streamed dataset has no length; set max_steps")
-    return steps_of_epochs(args, data.epoch_rows, data.global_batch)
+    return steps_of_epochs(args, data.epoch_rows * passes, data.global_batch)
 
 
 def steps_of_epochs(args: LoopConfig, groups: int, groups_per_step: int) -> int:

@@ -65,8 +65,7 @@ class TrainOutput:
         waiting_for (`Path`, *optional*): Folder in which people must vote before the
             run can go on.
         hacked_at (`int`, *optional*): Step at which the run ended because its reward
-        was
-            hacked. The weights are then those in `best/`, if there are any.
+            was hacked. The weights are then those in `best/`, if there are any.
     """
 
     global_step: int

@@ -103,7 +103,7 @@ class Run:
         state (`TrainerState`): Position of the run.
         control (`TrainerControl`): Flags that callbacks set.
         samples_per_step (`int`): Groups per optimizer step over all processes.
-        rows (`int`, *optional*): Groups of the dataset. None if it has no length.
+        rows (`int`, *optional*): Groups that train in an epoch. None for a stream.
         passes (`int`): Forward passes per optimizer step.
         after_update (`Callable`): Called after every update of the weights.
         window (`MetricWindow`): Metrics since the last log.
@@ -112,8 +112,7 @@ class Run:
         paused_for (`Path`, *optional*): Folder that must be filled before the run can
             go on.
         hacked_at (`int`, *optional*): Step at which the run ended because its reward
-        was
-            hacked.
+            was hacked.
     """
 
     args: LoopConfig

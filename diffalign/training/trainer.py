@@ -632,6 +632,11 @@ class Trainer:
         """Number of micro-batches per batch."""
         return 1
 
+    @property
+    def passes_per_group(self) -> int:
+        """How often a group of the data trains in an epoch."""
+        return 1
+
     def evaluation_metrics(self, data: DataPipeline) -> dict[str, float]:
         """Measure the policy on evaluation data. The default averages the loss.
 
@@ -852,7 +857,7 @@ class Trainer:
         optimizer = (
             make_optimizer(parameters) if make_optimizer else build_optimizer(parameters, args)
         )
-        self.state.max_steps = planned_steps(args, self.data_pipeline)
+        self.state.max_steps = planned_steps(args, self.data_pipeline, self.passes_per_group)
         if make_schedule:
             self.lr_scheduler = make_schedule(optimizer)
         else:
@@ -977,7 +982,7 @@ class Trainer:
 
     def _plan(self) -> None:
         """Follow settings of the length that changed since the optimizer was built."""
-        steps = planned_steps(self.args, self.data_pipeline)
+        steps = planned_steps(self.args, self.data_pipeline, self.passes_per_group)
         if steps == self.state.max_steps:
             return
         self.state.max_steps = steps
@@ -1057,7 +1062,7 @@ class Trainer:
             state=self.state,
             control=self.control,
             samples_per_step=data.global_batch,
-            rows=None if data.streaming else data.epoch_rows,
+            rows=None if data.streaming else data.epoch_rows * self.passes_per_group,
             passes=self.args.gradient_accumulation_steps * self.passes_per_batch,
             after_update=functools.partial(self._update_average, parameters),
             window=self.window,

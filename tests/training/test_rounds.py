@@ -88,6 +88,16 @@ def test_a_second_pass_has_noise_of_its_own(method: str, tmp_path: Path) -> None
     assert "pass" not in next(trainer.micro_batches(second)).extra
 
 
+def test_an_epoch_has_every_pass_over_its_rounds(tmp_path: Path) -> None:
+    options = {"max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    once = trainer_of(tmp_path / "once", "grpo", **options)
+    twice = trainer_of(tmp_path / "twice", "grpo", num_inner_epochs=2, **options)
+    once.setup()
+    twice.train()
+    assert twice.state.max_steps == twice.state.global_step == 2 * once.state.max_steps
+    assert twice.state.epoch == 1.0
+
+
 def test_a_round_goes_on_with_batches_of_another_size(tmp_path: Path) -> None:
     options = {"max_steps": 4, "save_steps": 2, "save_total_limit": None, "learning_rate": 1e-2}
     whole = trainer_of(tmp_path / "a", "diffusion_nft", per_device_train_batch_size=2, **options)

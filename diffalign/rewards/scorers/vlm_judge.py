@@ -178,8 +178,7 @@ class VLMJudge(Scorer):
 
     Args:
         url (`str` or list of `str`, defaults to "http://127.0.0.1:8000"): The server,
-        or
-            several with the same model, which share the requests.
+            or several with the same model, which share the requests.
             `/v1/chat/completions` is added unless the address ends in it.
         judge_model (`str`): Name of the model that the server knows.
         kind (`str`, defaults to "unifiedreward"): "unifiedreward" is a written

@@ -36,8 +36,7 @@ class VQAScore(Scorer):
         template (`str`, *optional*): Another question. `{prompt}` stands for the
             prompt.
         answer (`str`, defaults to "Yes"): The answer. Of one that has several tokens
-        the
-            geometric mean of their probabilities is taken.
+            the geometric mean of their probabilities is taken.
         against (`str`, *optional*): An opposite answer, such as "No". The score is then
             P(answer) / (P(answer) + P(against)). None is the published score.
         **options: Options of every `Scorer`.

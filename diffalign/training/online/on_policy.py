@@ -167,6 +167,11 @@ class OnPolicyTrainer(Trainer):
             return SnapshotReference(self.network)
         return super().build_reference()
 
+    @property
+    def passes_per_group(self) -> int:
+        """Every round of prompts trains `num_inner_epochs` times."""
+        return self.args.num_inner_epochs
+
     # Rounds ---------------------------------------------------------------------------
 
     def _round(self, number: int, batches: list[Batch]) -> list[Batch]:
