@@ -338,7 +338,6 @@ Made by these commands (seed {seed}):
 
 {command}
 
-
 1. Contrastive pre-training, {warmup_steps} steps of {warmup_batch} freshly rendered images of the
    training prompts.
 2. {train_steps} steps of PickScore's preference cross-entropy on {train_pairs} pairs from
