@@ -145,7 +145,9 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
             )
             return values.reshape(-1, images).tolist()
 
-        return np.asarray(kept(work / f"{name}-{images}.json", judge), dtype=np.float64)
+        return np.asarray(
+            kept(work / f"{name}-{len(prompts)}-{images}.json", judge), dtype=np.float64
+        )
 
     found = {
         "verifier": scores("verifier", "shapes"),
