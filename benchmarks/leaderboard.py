@@ -131,6 +131,8 @@ ARMS: dict[str, Arm] = {
 MUST_WIN = ("Diffusion-DPO", "DCPO", "RankDPO", "D3PO", "SPO")
 ONLINE = ("GRPO", "DiffusionNFT", "AWM", "D3PO", "SPO", "Online Diffusion-DPO")
 """Arms that draw images and let the verifier judge them."""
+ONLINE_RL = ("GRPO", "DiffusionNFT", "AWM", "Online Diffusion-DPO", "ReFL (shapes-clip)")
+"""Arms that learn from a reward by thousands of images of their own."""
 SLOW_FIRST = ("Online Diffusion-DPO", "D3PO", "GRPO", "SPO", "SePPO", "MaPO", "RankDPO")
 
 
@@ -557,6 +559,21 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def hours(runs: dict[str, list[dict[str, Any]]]) -> float:
+    """Hours of two cores, on each of which one model at a time is trained and judged.
+
+    Every run counts as the median of its method's runs on a quiet machine, as that of
+    all of them where there are none.
+    """
+    seconds = 0.0
+    for members in runs.values():
+        quiet = [run for run in members if not run.get("disturbed")] or members
+        seconds += len(members) * float(
+            np.median([run.get("seconds", 0.0) + run["judging_seconds"] for run in quiet])
+        )
+    return seconds / 2 / 3600
+
+
 def curves(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Mean score by guidance on the prompts that choose."""
     lines = [
@@ -727,6 +744,10 @@ def main() -> None:
         "judging, which is most of SPO's time here: it decodes every candidate of every step. "
         "A star marks seconds of a machine that was busy with other work (`disturbed` in the "
         "results).",
+        "",
+        f"By these seconds all rows take {hours(results):.1f} hours on two cores, "
+        f"{hours({n: runs for n, runs in results.items() if n not in ONLINE_RL}):.1f} of them "
+        f"without {', '.join(ONLINE_RL[:-1])} and {ONLINE_RL[-1]}.",
     ]
     output.write_text("\n".join(body) + "\n")
     print("\n".join(body))
