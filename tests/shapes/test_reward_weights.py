@@ -145,13 +145,16 @@ def test_the_committed_settings_are_those_of_data_and_recipe() -> None:
     from dataclasses import asdict
 
     from diffalign.recipe import read_yaml
+    from diffalign.reward_training.run_file import reward_run_from_dict
     from tools.shapes.reward_data import RewardDataConfig
 
     results = json.loads((reward_weights_dir() / "accuracy.json").read_text())
     assert results["settings"] == asdict(RewardDataConfig())
     config = Path(__file__).parents[2] / "configs" / "reward" / "shapes_clip.yaml"
-    recipe = read_yaml(config)["train"]
-    assert {name: results["training"][name] for name in recipe} == recipe
+    recipe = read_yaml(config)
+    train = asdict(reward_run_from_dict(recipe).train)
+    names = list(recipe["train"])
+    assert [results["training"][name] for name in names] == [train[name] for name in names]
 
 
 def test_labels_are_bradley_terry_with_flips() -> None:

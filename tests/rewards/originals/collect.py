@@ -1,4 +1,4 @@
-"""Writes diffalign/rewards/reference.json, what `diffalign doctor` compares with, from
+"""Writes diffalign/rewards/testing/reference.json, what `diffalign doctor` compares with, from
 ../fixtures and from the scorers themselves.
 
     python tests/rewards/originals/collect.py
