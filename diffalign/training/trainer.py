@@ -876,6 +876,19 @@ class Trainer:
 
     # Public verbs ---------------------------------------------------------------------
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback to those of the constructor. Call this before `train`.
+
+        Args:
+            callback (`TrainerCallback`): The callback, or its class.
+
+        Raises:
+            ConfigError: It is no callback.
+        """
+        self.callbacks += read_callbacks(callback)
+        if "callbacks" not in self.record.passed_in_python:
+            self.record.passed_in_python.append("callbacks")
+
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train to the end, or until the first signal.
 

@@ -26,10 +26,12 @@ def trainer_of(folder: Path, **options: Any) -> Any:
     return make_trainer(folder, peft_config=lora_config(), max_steps=1, options=options)
 
 
-@pytest.mark.parametrize("form", ["bare", "list", "class"])
+@pytest.mark.parametrize("form", ["bare", "list", "class", "added"])
 def test_callbacks_may_be_one_many_or_a_class(form: str, tmp_path: Path) -> None:
-    value = {"bare": Counter(), "list": [Counter()], "class": Counter}[form]
+    value = {"bare": Counter(), "list": [Counter()], "class": Counter, "added": None}[form]
     trainer = trainer_of(tmp_path, callbacks=value)
+    if form == "added":
+        trainer.add_callback(Counter)
     trainer.train()
     assert trainer.callbacks[0].steps == 1
 
