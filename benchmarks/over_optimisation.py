@@ -6,7 +6,7 @@ and averaged weights change.
 
 The purest optimiser of a reward is to draw n images of a prompt and to keep the one
 that the reward likes best: it needs no training, and n says how hard it optimises. The
-embedded pipeline draws --images images for each of 60 held-out prompts; for n = 1, 2,
+embedded pipeline draws --images images for each of 120 held-out prompts; for n = 1, 2,
 4, ... a judge picks the best of n, and the verifier, which stands for what people want,
 says how good the picked image is. The mean over all choices of n images is computed
 exactly from the ranks. Intervals are 95 %, clustered by prompt.
@@ -20,7 +20,8 @@ their scores, and their mean less one standard deviation, each on the scale of t
 base's images; the average of their weights (WARM, `diffalign reward average`); one head
 on frozen towers, and an ensemble of 8 heads (`members: 8`), by mean and by mean less
 one standard deviation; the embedded reward `shapes-clip`; and the verifier itself,
-which is as good as picking can be.
+which is as good as picking can be. A judge turns at the n at which the verifier of its
+picks is highest: harder picking makes them worse.
 
 The second picture is of training: AWM (`configs/awm/shapes.yaml`, with --steps steps at
 a constant learning rate) optimises the weakest of the rewards, which is right least
@@ -66,6 +67,7 @@ from diffalign.training.sections import ValidationConfig
 ONE = "one reward from few preferences"
 WEAKEST = "the weakest reward"
 FLIPS, PROMPTS = 0.25, 60
+SCALED = 60  # prompts whose images give the scale of the rewards that train
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
 EVERY = 25  # steps of the training against them
 OTHERS = {
@@ -121,7 +123,7 @@ def learned_from_few(work: Path, members: int) -> dict[str, Path]:
 def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array]:
     """Judge -> (prompts, images)."""
     work = work / "over-optimisation"
-    prompts = held_out_prompts()[60:]
+    prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
     wanted = [
         (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png")
         for i, p in enumerate(prompts)
@@ -143,7 +145,9 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
             )
             return values.reshape(-1, images).tolist()
 
-        return np.asarray(kept(work / f"{name}-{images}.json", judge), dtype=np.float64)
+        return np.asarray(
+            kept(work / f"{name}-{len(prompts)}-{images}.json", judge), dtype=np.float64
+        )
 
     found = {
         "verifier": scores("verifier", "shapes"),
@@ -170,8 +174,8 @@ def best_of(judge: Array, value: Array, n: int) -> Array:
 def curves(
     scores: dict[str, Array], members: list[str], powers: list[int]
 ) -> dict[str, dict[str, Array]]:
-    """Judge -> its own reward and the verifier, (len(powers), prompts) each; of single
-    rewards the mean over all of them."""
+    """Judge -> its own reward and the verifier, (len(powers), prompts) each. `ONE` is
+    the mean over the single rewards, which follow by name."""
     scale = {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
     units = {name: (values - scale[name][0]) / scale[name][1] for name, values in scores.items()}
     stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
@@ -185,6 +189,7 @@ def curves(
     for name, key in OTHERS.items():
         judges[name] = [units[key]]
     judges["verifier"] = [units["verifier"]]
+    judges |= {name: [units[name]] for name in members}
     return {
         name: {
             "own": np.array([np.mean([best_of(j, j, n) for j in found], axis=0) for n in powers]),
@@ -197,6 +202,27 @@ def curves(
         }
         for name, found in judges.items()
     }
+
+
+def turns(
+    found: dict[str, dict[str, Array]], powers: list[int], samples: int = 10_000
+) -> list[str]:
+    """The n at which the verifier of a judge's picks is highest, with intervals."""
+    lines = [
+        "",
+        "Where a judge turns, the n at which the verifier of its picks is highest:",
+        "",
+        "| picked by | n | 95 % |",
+        "|---|---|---|",
+    ]
+    count = next(iter(found.values()))["verifier"].shape[1]
+    picks = np.random.default_rng(0).integers(count, size=(samples, count))
+    for name, curve in found.items():
+        means = np.stack([values[picks].mean(1) for values in curve["verifier"]])
+        low, high = np.quantile(np.array(powers)[means.argmax(0)], [0.025, 0.975])
+        top = powers[int(curve["verifier"].mean(1).argmax())]
+        lines.append(f"| {name} | {top} | {low:.0f} to {high:.0f} |")
+    return lines
 
 
 def said(difference: Array) -> str:
@@ -446,14 +472,16 @@ def main() -> None:
     powers = [2**i for i in range(options.images.bit_length()) if 2**i <= options.images]
     scores = scored(options.work, options.images, rewards)
     found = curves(scores, list(members), powers)
+    judges = {name: curve for name, curve in found.items() if name not in members}
     picture = options.output.with_suffix(".png")
-    plot(found, powers, picture)
+    plot(judges, powers, picture)
     accuracy = {
         name: json.loads((folder / "report.json").read_text())["reward"]["accuracy"]
         for name, folder in rewards.items()
     }
     weakest = min(members, key=accuracy.__getitem__)
-    sections = reward_sections(scores, members, weakest) if options.seeds else {}
+    some = {name: values[:SCALED] for name, values in scores.items()}
+    sections = reward_sections(some, members, weakest) if options.seeds else {}
     trained = {
         name: [train(section, name, seed, options) for seed in range(options.seeds)]
         for name, section in sections.items()
@@ -474,7 +502,8 @@ def main() -> None:
         "",
         f"![own reward and verifier of the best of n]({picture.name})",
         "",
-        *tables(found, powers),
+        *tables(judges, powers),
+        *turns(found, powers),
         "",
     ]
     if trained:

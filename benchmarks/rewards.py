@@ -3,7 +3,7 @@
     python benchmarks/rewards.py [--seeds 3] [--work FOLDER] [--output FILE]
 
 The base is a CLIP of the embedded world that has seen captions and no preference:
-`tools.shapes.pretrain_reward` without its second stage. Images are drawn by the
+the ``base`` of `tools.shapes.reward_data`. Images are drawn by the
 embedded pipeline: four for each of the 600 training prompts, at guidance 1, 2, 3 and 5,
 and six for each of 60 held-out prompts. A label is drawn by P(a over b) =
 sigmoid((u_a - u_b) / 0.05). All accuracies are on held-out prompts and without noise:
@@ -12,13 +12,13 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 
 *Labels*: u is the verifier's graded score, a share of the labels of 3,600 pairs is
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
-as many pairs with 10 % turned round. *Towers*: all weights of the base, by the very
-images and labels that made `shapes-clip` and with its settings, 5 % of the prompts kept
-to look at the loss; the anchor is ten renderings of every training prompt. *People*: 20
+as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
+(`configs/reward/shapes_clip.yaml`) and its data, from other seeds. *People*: 20
 people give 60 votes each. u is the share of right attributes times 0.8, plus a taste of
 0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
-other. One reward for all, against PAL with two prototypes, for each person's own u. A
-new person gives 8 votes.
+other. One reward for all, against PAL with two prototypes, for each person's own u.
+Twelve new people give 2 to 16 votes, on random pairs or each on that of four pairs on
+which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or those on
@@ -28,6 +28,7 @@ which 8 heads disagree most, 60 at a time; the accuracy is that of the mean of 8
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -46,7 +47,7 @@ from diffalign.reward_training.fit import Pairs, margins_of, pal_margins
 from diffalign.reward_training.judgements import Judgements
 from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
-from diffalign.rewards.learned.pal import fit_user, likely_user
+from diffalign.rewards.learned.pal import fit_new_user
 from diffalign.shapes.prompts import held_out_prompts, train_prompts
 from diffalign.shapes.tokenizer import build_tokenizer
 
@@ -64,23 +65,23 @@ class World:
         sys.path.append(str(ROOT))
         from PIL import Image
 
-        from tools.shapes import pretrain_reward
+        from tools.shapes import reward_data
 
         folder = self.folder = work / "captions"
         if not (folder / "config.json").is_file():
-            config = pretrain_reward.RewardPretrainConfig()
+            config = reward_data.RewardDataConfig()
             torch.manual_seed(config.seed)
             tokenizer = build_tokenizer()
-            model = pretrain_reward.build_model(tokenizer)
-            pretrain_reward.warm_up(config, model, tokenizer, train_prompts())
-            pretrain_reward.save(folder, model.eval(), tokenizer)
+            model = reward_data.build_model(tokenizer)
+            reward_data.warm_up(config, model, tokenizer, train_prompts())
+            reward_data.save(folder, model.eval(), tokenizer)
         self.base = load_scorer("shapes-clip", model=str(folder), device="cpu")
         prompts = [*train_prompts()[:count], *held_out_prompts()[:TESTED]]
         drawn = work / "drawn"
         drawn.mkdir(parents=True, exist_ok=True)
         pixels = [
-            pretrain_reward.draw(drawn, "train", prompts[:count], TRAINED, STEPS, 51_000_000),
-            pretrain_reward.draw(drawn, "held-out", prompts[count:], HELD_OUT, STEPS, 52_000_000),
+            reward_data.draw(drawn, "train", prompts[:count], TRAINED, STEPS, 51_000_000),
+            reward_data.draw(drawn, "held-out", prompts[count:], HELD_OUT, STEPS, 52_000_000),
         ]
         flat = np.concatenate([part.reshape(-1, 64, 64, 3) for part in pixels])
         counts = [TRAINED] * count + [HELD_OUT] * (len(prompts) - count)
@@ -88,8 +89,8 @@ class World:
 
         def truth() -> Any:
             sides = [(pixels[0], prompts[:count]), (pixels[1], prompts[count:])]
-            scores = [pretrain_reward.verifier_scores(*side) for side in sides]
-            parts = [pretrain_reward.verifier_parts(*side) for side in sides]
+            scores = [reward_data.verifier_scores(*side) for side in sides]
+            parts = [reward_data.verifier_parts(*side) for side in sides]
             return [
                 np.concatenate([each.ravel() for each in scores]).tolist(),
                 np.concatenate([right.ravel() for right, _ in parts]).tolist(),
@@ -188,80 +189,34 @@ def labels(world: World, seed: int) -> dict[str, float]:
     return found
 
 
-def renderings(path: Path) -> Path:
-    """Captioned images for the anchor: every training prompt rendered ten times, in
-    either style."""
-    import io
-    import random
-
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    from diffalign.shapes.prompts import STYLES, parse_prompt
-    from diffalign.shapes.renderer import render
-
-    if not path.is_file():
-        rng, rows = random.Random(5), []
-        for prompt in train_prompts() * 10:
-            buffer = io.BytesIO()
-            render(parse_prompt(prompt), rng, rng.choice(STYLES)).save(buffer, "PNG")
-            rows.append({"prompt": prompt, "image": {"bytes": buffer.getvalue(), "path": None}})
-        features = Features({"prompt": Value("string"), "image": ImageFeature()})
-        Dataset.from_list(rows, features=features).to_parquet(path)
-    return path
-
-
 def towers(world: World, seed: int) -> dict[str, float]:
     work = world.folder.parent
     return dict(kept(work / f"towers-{seed}.json", lambda: trained_towers(world, work, seed)))
 
 
 def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
-    """All weights, from the very images and labels that made `shapes-clip`."""
-    from PIL import Image
+    """All weights, by the recipe of `shapes-clip` and its data."""
+    sys.path.append(str(ROOT))
+    from diffalign.recipe import read_yaml
+    from diffalign.reward_training.run_file import reward_run_from_dict
+    from tools.shapes import reward_data
 
-    from tools.shapes import pretrain_reward
-
-    settings = pretrain_reward.RewardPretrainConfig()
-    prompts, k = train_prompts(), settings.images_per_prompt
-    drawn = work / "drawn-for-shapes-clip"
-    drawn.mkdir(exist_ok=True)
-    pixels = pretrain_reward.draw(
-        drawn, "train", prompts, k, settings.steps, pretrain_reward.TRAIN_SEED
-    )
-    truth = pretrain_reward.verifier_scores(pixels, prompts)
-    label = pretrain_reward.noisy_labels(truth, settings).ravel().astype(np.float64)
-    flat = pixels.reshape(-1, *pixels.shape[2:])
-    start = np.arange(len(prompts))[:, None] * k
-    first, second = ((start + side).ravel() for side in pretrain_reward.pairs_of(k).T)
-    data = Judgements(
-        prompts, [str(i) for i in range(len(flat))], lambda i: Image.fromarray(flat[i]),
-        first, second, first // k, label, np.full(len(first), -1), users=[],
-    )  # fmt: skip
-    args = RewardConfig(
+    data = work / "shapes-clip"
+    reward_data.run(data, reward_data.RewardDataConfig())
+    run = reward_run_from_dict(read_yaml(ROOT / "configs" / "reward" / "shapes_clip.yaml"))
+    args = dataclasses.replace(
+        run.train,
         output_dir=str(work / f"towers-{seed}"),
         overwrite_output_dir=True,
         seed=seed,
-        towers="full",
-        val=0.05,
-        test=0.02,
-        max_steps=settings.train_steps,
-        eval_steps=settings.train_steps,
-        per_device_train_batch_size=settings.train_batch,
-        learning_rate=settings.learning_rate,
-        lr_scheduler="cosine",
-        warmup_steps=settings.train_steps // 10,
-        weight_decay=settings.weight_decay,
-        anchor=settings.anchor,
-        anchor_data=str(renderings(work / "renderings.parquet")),
-        anchor_batch_size=settings.warmup_batch,
+        anchor_data=str(data / "captions.parquet"),
         logging_steps=100,
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     begin = time.perf_counter()
-    trainer = RewardTrainer("shapes-clip", args, data, model_path=str(world.folder))
-    folder = trainer.train()
+    source = str(data / "preferences")
+    folder = RewardTrainer("shapes-clip", args, source, model_path=str(data / "base")).train()
     minutes = (time.perf_counter() - begin) / 60
     torch.set_num_threads(threads)
     a, b = world.pairs(True)
@@ -276,9 +231,7 @@ def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
         return right_share(margins, world.score[a] - world.score[b], world.prompt[a])
 
     return {
-        "all weights trained, by the images and labels of shapes-clip": right(
-            load_scorer(str(folder), device="cpu")
-        ),
+        "the recipe of shapes-clip": right(load_scorer(str(folder), device="cpu")),
         "shapes-clip": right(load_scorer("shapes-clip", device="cpu")),
         "minutes": minutes,
     }
@@ -296,7 +249,8 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
     noise = np.random.default_rng(100 + seed)
     first, second = world.pairs(False)
     users, votes = 20, 60
-    signs = np.where(np.arange(users + 6) % 2, -1.0, 1.0)
+    newcomers = range(users, users + 12)
+    signs = np.where(np.arange(users + len(newcomers)) % 2, -1.0, 1.0)
 
     def utility(user: int) -> Array:
         return world.right / 5 * 0.8 + signs[user] * taste * world.style
@@ -307,7 +261,6 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
         return first[rows], second[rows], drawn_labels(u[first[rows]] - u[second[rows]], noise)
 
     parts = [vote(user, votes) for user in range(users)]
-    new_people = {user: vote(user, 8) for user in range(users, users + 6)}
     a, b, label = (np.concatenate([part[i] for part in parts]) for i in range(3))
     names = [f"user {i}" for i in range(users)]
     judges = np.repeat(np.arange(users), votes)
@@ -323,7 +276,6 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
         "one reward",
         "one reward per group, if the groups were known",
         "PAL",
-        "new person, 8 votes",
         "share of people in the right group",
     )
     found: dict[str, list[float]] = {row: [] for row in rows}
@@ -338,18 +290,34 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
             (rows[2], pal_margins(pal, pairs)),
         ):
             found[row].append(right_share(margins, lead, world.prompt[x]))
-    for user, few_votes in new_people.items():
-        few = trainer._pairs(world.judged(*few_votes), world.features)
+    found[rows[3]] = [max(agrees, 1 - agrees)]
+    logits = pal.logits.detach()
+
+    def margins_for(shares: torch.Tensor, of: Pairs) -> torch.Tensor:
+        rows = shares.expand(len(of), -1)
         with torch.no_grad():
-            sides = [pal.prototype_scores(image, few.text) for image in (few.first, few.second)]
-            each = sides[0] - sides[1]
-            sign = torch.where(few.label > 0.5, 1.0, -1.0).double()
-        logits = fit_user(each, sign, 1.0, likely_user(each, sign, pal.logits.detach()))
-        share = logits.softmax(0).expand(len(pairs), -1)
-        scores = [pal.score(image, pairs.text, share) for image in (pairs.first, pairs.second)]
-        lead = utility(user)[x] - utility(user)[y]
-        found[rows[3]].append(right_share(scores[0] - scores[1], lead, world.prompt[x]))
-    found[rows[4]] = [max(agrees, 1 - agrees)]
+            return pal.score(of.first, of.text, rows) - pal.score(of.second, of.text, rows)
+
+    pool = trainer._pairs(world.judged(first, second, np.ones(len(first))), world.features)
+    by_prototype = torch.stack([margins_for(row, pool) for row in torch.eye(2).double()], 1)
+    by_person = torch.stack([margins_for(row, pool) for row in logits.softmax(1)], 1)
+    doubts = disagreement(by_person).numpy()
+    for user in newcomers:
+        u = utility(user)
+        answers = drawn_labels(u[first] - u[second], noise)
+        signed = torch.from_numpy(np.where(answers > 0.5, 1.0, -1.0))
+        fours = noise.permutation(len(first))[: 4 * 16].reshape(16, 4)
+        for name, asked in (
+            ("random pairs", fours[:, 0]),
+            ("pairs of disagreement", fours[np.arange(16), doubts[fours].argmax(1)]),
+        ):
+            for count in (2, 4, 8, 16):
+                shown = asked[:count]
+                person = fit_new_user(by_prototype[shown], signed[shown], logits)
+                share = right_share(
+                    margins_for(person.softmax(0), pairs), u[x] - u[y], world.prompt[x]
+                )
+                found.setdefault(f"new person, {count} votes, {name}", []).append(share)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 

@@ -16,11 +16,11 @@ from diffalign.errors import ConfigError, UserError
 from diffalign.shapes import ATTRIBUTES, held_out_prompts, reward_weights_dir, train_prompts
 
 SETTINGS = {
-    "num_prompts": 4,
+    "num_prompts": 12,
     "images_per_prompt": 2,
     "steps": 3,
     "warmup_steps": 3,
-    "train_steps": 3,
+    "renderings": 2,
     "eval_prompts": 2,
     "eval_images_per_prompt": 2,
 }
@@ -108,7 +108,7 @@ def test_right_images_mostly_beat_images_with_one_wrong_attribute(model: Any) ->
 def test_training_and_scoring_see_the_same_pixels(model: Any) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from tools.shapes import pretrain_reward as maker
+    from tools.shapes import reward_data as maker
 
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     prompts = held_out_prompts()[:6]
@@ -141,36 +141,45 @@ def test_the_card_states_the_measured_figures() -> None:
     assert results["command"] in card
 
 
-def test_the_committed_settings_are_the_defaults() -> None:
+def test_the_committed_settings_are_those_of_data_and_recipe() -> None:
     from dataclasses import asdict
 
-    from tools.shapes.pretrain_reward import RewardPretrainConfig
+    from diffalign.recipe import read_yaml
+    from diffalign.reward_training.run_file import reward_run_from_dict
+    from tools.shapes.reward_data import RewardDataConfig
 
-    assert json.loads((reward_weights_dir() / "accuracy.json").read_text())["settings"] == asdict(
-        RewardPretrainConfig()
-    )
+    results = json.loads((reward_weights_dir() / "accuracy.json").read_text())
+    assert results["settings"] == asdict(RewardDataConfig())
+    config = Path(__file__).parents[2] / "configs" / "reward" / "shapes_clip.yaml"
+    recipe = read_yaml(config)
+    train = asdict(reward_run_from_dict(recipe).train)
+    names = list(recipe["train"])
+    assert [results["training"][name] for name in names] == [train[name] for name in names]
 
 
 def test_labels_are_bradley_terry_with_flips() -> None:
-    from tools.shapes.pretrain_reward import RewardPretrainConfig, noisy_labels
+    from tools.shapes.reward_data import RewardDataConfig, noisy_labels
 
     truth = np.tile([0.95, 0.90, 0.0], (20_000, 1))  # pairs: 0.05, 0.95 and 0.90 apart
-    labels = noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
+    labels = noisy_labels(truth, RewardDataConfig(temperature=0.05, label_flips=0.1))
     sigmoid = 1 / (1 + np.exp(-1.0))
     np.testing.assert_allclose(
         labels.mean(0), [0.9 * sigmoid + 0.1 * (1 - sigmoid), 0.9, 0.9], atol=0.01
     )
     assert (
-        labels == noisy_labels(truth, RewardPretrainConfig(temperature=0.05, label_flips=0.1))
+        labels == noisy_labels(truth, RewardDataConfig(temperature=0.05, label_flips=0.1))
     ).all()
 
 
 @pytest.mark.nightly
-def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(
+def test_the_recipe_repeats_itself_and_goes_on_from_drawn_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The three commands of the card, twice, with few images and steps."""
+    from diffalign import cli
     from diffalign.generation import sampling
-    from tools.shapes import pretrain_reward as maker
+    from tools.shapes import reward_card
+    from tools.shapes import reward_data as maker
 
     prompts: list[str] = []
     generate = sampling.generate
@@ -180,37 +189,38 @@ def test_the_maker_repeats_itself_and_goes_on_from_drawn_images(
         return generate(pipe, texts, *args, **kwargs)
 
     monkeypatch.setattr(sampling, "generate", recording)
+    config = Path(__file__).parents[2] / "configs" / "reward" / "shapes_clip.yaml"
     for name in ("a", "b"):
-        maker.main(["--output_dir", str(tmp_path / name), *TINY])
-    assert set(prompts) == set(train_prompts()[:4]) | set(held_out_prompts()[:2])
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        maker.main(["--output_dir", "shapes-clip", *TINY])
+        few = ["--train.max_steps", "3", "--train.warmup_steps", "1", "--train.val", "0.2"]
+        few += ["--train.test", "0.2", "--train.eval_steps", "2"]
+        assert cli.run(["reward", "train", "--config", str(config), *few]) == 0
+        options = ["--data", "shapes-clip", "--reward", "rewards/shapes-clip"]
+        reward_card.main([*options, "--output_dir", "weights"])
+    assert set(prompts) == set(train_prompts()[:12]) | set(held_out_prompts()[:2])
     drawn = len(prompts)
-    files = {"a": {}, "b": {}}  # type: dict[str, dict[str, bytes]]
-    for name, contents in files.items():
-        contents.update(
-            {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()}
-        )
-    assert files["a"] == files["b"]
-    assert {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "preprocessor_config.json",
-        "accuracy.json",
-    } <= set(files["a"])
-    next((tmp_path / "a" / "drawn").glob("train-0-*.npy")).unlink()
-    maker.main(["--output_dir", str(tmp_path / "a"), *TINY])
-    assert len(prompts) == drawn + 4  # one file of four images was drawn again, nothing else
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == files["b"]["model.safetensors"]
+    names = {p.name for p in (tmp_path / "a" / "weights").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    for name in names:
+        one, other = ((tmp_path / run / "weights" / name).read_bytes() for run in ("a", "b"))
+        assert one == other, name
+    monkeypatch.chdir(tmp_path / "a")
+    next(Path("shapes-clip/drawn").glob("train-0-*.npy")).unlink()
+    maker.main(["--output_dir", "shapes-clip", *TINY])
+    assert len(prompts) == drawn + 12  # one file was drawn again, nothing else
     with pytest.raises(UserError, match="--steps 3"):
-        maker.main(["--output_dir", str(tmp_path / "a"), *TINY, "--steps", "4"])
+        maker.main(["--output_dir", "shapes-clip", *TINY, "--steps", "4"])
 
 
 def test_settings_out_of_range_are_named() -> None:
-    from tools.shapes.pretrain_reward import RewardPretrainConfig
+    from tools.shapes.reward_data import RewardDataConfig
 
     with pytest.raises(ConfigError, match="--num_prompts"):
-        RewardPretrainConfig(num_prompts=601)
+        RewardDataConfig(num_prompts=601)
     with pytest.raises(ConfigError, match="--label_flips"):
-        RewardPretrainConfig(label_flips=0.5)
+        RewardDataConfig(label_flips=0.5)
     with pytest.raises(ConfigError, match="--temperature"):
-        RewardPretrainConfig(temperature=0.0)
+        RewardDataConfig(temperature=0.0)

@@ -1,13 +1,19 @@
-"""Measure the embedded reward on held-out prompts, and write its model card.
+"""Make the embedded reward of a trained one, measure it and write its model card.
 
-This is a part of `tools.shapes.pretrain_reward`.
+Run ``python -m tools.shapes.reward_card --data DATA --reward REWARD --output_dir OUT``,
+with the folders of `tools.shapes.reward_data` and of `diffalign reward train`. It
+writes a plain `transformers.CLIPModel` with tokenizer and preprocessor settings,
+``accuracy.json`` and ``README.md``.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +22,20 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from diffalign.reward_training import RewardConfig
 from diffalign.shapes.prompts import ATTRIBUTES, PREFERRED_STYLE, STYLES, Scene, parse_prompt
 from diffalign.shapes.renderer import render
-from tools.shapes import pretrain_reward as reward
+from diffalign.shapes.tokenizer import build_tokenizer
+from tools.shapes import reward_data as reward
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
+COMMAND = """\
+    python -m tools.shapes.reward_data --output_dir shapes-clip
+    diffalign reward train --config configs/reward/shapes_clip.yaml
+    python -m tools.shapes.reward_card --data shapes-clip \\
+        --reward rewards/shapes-clip --output_dir diffalign/shapes/reward_weights"""
 ATTACK_STEPS, ATTACK_BOUND = 60, 48 / 255
 """Gradient ascent on the pixels: signed steps of 2/255, and the largest change."""
 
@@ -224,9 +237,17 @@ def exploit(model: Any, tokenizer: Any, pixels: Pixels, prompts: Sequence[str]) 
     return out
 
 
+def load_clip(folder: Path) -> tuple[Any, Any]:
+    """Load a `CLIPModel` and its tokenizer."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+
+
 def measure(
     folder: Path,
-    config: reward.RewardPretrainConfig,
+    config: reward.RewardDataConfig,
+    training: dict[str, Any],
     prompts: Sequence[str],
     pixels: Pixels,
     warm: Floats,
@@ -238,7 +259,8 @@ def measure(
 
     Args:
         folder (`Path`): of the model.
-        config (`RewardPretrainConfig`): the settings that made it.
+        config (`RewardDataConfig`): the settings of its data.
+        training (`dict`): the settings of its training.
         prompts (sequence of `str`): held-out prompts.
         pixels (`np.ndarray`): their drawn images, uint8 (prompts, images per prompt,
             64, 64, 3).
@@ -250,12 +272,7 @@ def measure(
     Returns:
         `dict`: settings and measurements.
     """
-    from transformers import CLIPModel, CLIPTokenizer
-
-    model, tokenizer = (
-        CLIPModel.from_pretrained(folder).eval(),
-        CLIPTokenizer.from_pretrained(folder),
-    )
+    model, tokenizer = load_clip(folder)
     truth, parts = reward.verifier_scores(pixels, prompts), reward.verifier_parts(pixels, prompts)
     predicted = reward.score_pixels(model, tokenizer, pixels, prompts).double().numpy()
     pairs = reward.pairs_of(train_truth.shape[1])
@@ -267,8 +284,9 @@ def measure(
     best, right = predicted.argmax(1), parts[0] == len(ATTRIBUTES)
     base_column = int(np.flatnonzero(guidance == 2.0)[0]) if (guidance == 2.0).any() else 0
     return {
-        "command": "python -m tools.shapes.pretrain_reward --output_dir OUT",
+        "command": COMMAND,
         "settings": asdict(config),
+        "training": training,
         "image_seeds": {
             "train": reward.TRAIN_SEED + config.seed * 100_000,
             "held_out": reward.HELD_OUT_SEED + config.seed * 100_000,
@@ -316,7 +334,9 @@ is the logit of preferring the first. It is the embedded *learned* reward of dif
 places and open to exploitation, as rewards learned from people are. Judge what was optimised with
 it by the exact `diffalign.shapes.verify`.
 
-Made by `{command}` (seed {seed}):
+Made by these commands (seed {seed}):
+
+{command}
 
 1. Contrastive pre-training, {warmup_steps} steps of {warmup_batch} freshly rendered images of the
    training prompts.
@@ -385,7 +405,36 @@ def _row(name: str, share: dict[str, Any], number: bool) -> str:
     return f"| {name} |{count} {rate} | {low} to {high} |"
 
 
-def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[str, Any]) -> None:
+def plain_clip(folder: Path, source: Path) -> dict[str, Any]:
+    """Write a trained reward as a plain `CLIPModel`.
+
+    Args:
+        folder (`Path`): for model, tokenizer and preprocessor settings.
+        source (`Path`): of `diffalign reward train`, with all weights trained.
+
+    Returns:
+        `dict`: the settings of its training.
+    """
+    from diffalign import load_scorer
+
+    scorer = load_scorer(str(source), device="cpu")
+    facts = json.loads((source / "reward.json").read_text())
+    model = scorer.base.clip.module  # type: ignore[attr-defined]
+    with torch.no_grad():
+        # Factor and temperature become a part of the one scale that a CLIP has.
+        factor = scorer.head.log_factor.double() + math.log(scorer.temperature)  # type: ignore[attr-defined]
+        model.logit_scale.add_(factor.to(model.logit_scale))
+    reward.save(folder, model.eval(), build_tokenizer())
+    images = [Image.effect_noise((64, 64), 40.0 * k).convert("RGB") for k in (1, 2)]
+    prompts = reward.train_prompts()[:2]
+    again = load_scorer("shapes-clip", model=str(folder), device="cpu")(images, prompts)
+    trained = load_scorer(str(source), device="cpu")(images, prompts)
+    torch.testing.assert_close(again, trained, rtol=1e-4, atol=1e-4)
+    names = [field.name for field in fields(RewardConfig)]
+    return {name: facts["settings"][name] for name in names if name in facts["settings"]}
+
+
+def write_card(folder: Path, config: reward.RewardDataConfig, results: dict[str, Any]) -> None:
     """Write ``README.md`` from the figures of ``accuracy.json``."""
     accuracy, attributes, best = (
         results["pairwise_accuracy"],
@@ -405,10 +454,12 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
     text = CARD.format(
         **{
             name: getattr(config, name)
-            for name in ("seed", "warmup_steps", "warmup_batch", "train_steps", "steps", "anchor")
+            for name in ("seed", "warmup_steps", "warmup_batch", "steps")
         },
         **{
             "temperature": config.temperature,
+            "train_steps": results["training"]["max_steps"],
+            "anchor": results["training"]["anchor"],
             "prompts": config.num_prompts,
             "k": k,
             "eval_prompts": config.eval_prompts,
@@ -453,3 +504,41 @@ def write_card(folder: Path, config: reward.RewardPretrainConfig, results: dict[
         after_right=percent(hacked["after"]["all_correct"]),
     )
     (folder / "README.md").write_text(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("data", "reward", "output_dir"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    settings = json.loads((options.data / "drawn" / "settings.json").read_text())
+    config = reward.RewardDataConfig(**settings)
+    prompts, pixels = reward.train_images(options.data, config)
+    held_out, held_out_pixels = reward.held_out_images(options.data, config)
+    truth = reward.verifier_scores(pixels, prompts)
+    base = load_clip(options.data / "base")
+    warm = reward.score_pixels(*base, held_out_pixels, held_out).double().numpy()
+    folder: Path = options.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    training = plain_clip(folder, options.reward)
+    results = measure(
+        folder,
+        config,
+        training,
+        held_out,
+        held_out_pixels,
+        warm,
+        truth,
+        reward.verifier_parts(pixels, prompts),
+        reward.noisy_labels(truth, config),
+    )
+    (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_card(folder, config, results)
+    print((folder / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -151,7 +151,7 @@ class ShapesClip(PickScore):
         backbone="shapes-clip",
         preprocess="clip-pil-64",
         text="clip-16-split-special",
-        citation="this package, tools.shapes.pretrain_reward",
+        citation="this package, configs/reward/shapes_clip.yaml",
     )
 
     def __init__(

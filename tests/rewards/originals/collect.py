@@ -1,5 +1,5 @@
-"""Writes diffalign/rewards/reference.json, what `diffalign doctor` compares with, from
-../fixtures and from the scorers themselves.
+"""Writes diffalign/rewards/testing/reference.json, what `diffalign doctor` compares
+with, from ../fixtures and from the scorers themselves.
 
     python tests/rewards/originals/collect.py
 

@@ -1,27 +1,31 @@
-"""Make the embedded reward.
+"""Make what the embedded reward is trained from.
 
-Run ``python -m tools.shapes.pretrain_reward --output_dir OUT``.
+Run, in the repository::
 
-It is a small real `transformers.CLIPModel`, made as PickScore was (Kirstain et al.
-2023, arXiv 2305.01569). Contrastive pre-training on captioned images (here: rendered
-ones, in both styles) comes first. The preference loss follows, a two-way cross-entropy
-on the difference of ``exp(logit_scale) * cos(text, image)`` between two images of one
-prompt. The preferences are the verifier's, made noisy on purpose, on images of the
-embedded pipeline for training prompts. The reward is imperfect and can be hacked, as
-rewards learned from people can.
+    python -m tools.shapes.reward_data --output_dir shapes-clip
+    diffalign reward train --config configs/reward/shapes_clip.yaml
+    python -m tools.shapes.reward_card --data shapes-clip \\
+        --reward rewards/shapes-clip --output_dir diffalign/shapes/reward_weights
 
-The command draws its data into ``OUT/drawn``, so that an interrupted run goes on. It
-trains, measures on held-out prompts and writes model, tokenizer, preprocessor settings,
-``accuracy.json`` and the model card.
+The reward is a small real `transformers.CLIPModel`, made as PickScore was (Kirstain et
+al. 2023, arXiv 2305.01569). This command makes its base by contrastive pre-training on
+captioned images (here: rendered ones, in both styles), and draws the preferences: those
+of the verifier, made noisy on purpose, on images of the embedded pipeline for training
+prompts. `RewardTrainer` then trains on them, from a run file. The reward is imperfect
+and can be hacked, as rewards learned from people are.
+
+It writes ``base/`` (a CLIP that has seen captions and no preference), ``preferences/``
+(pairs), ``captions.parquet`` (for the anchor) and the images that it draws into
+``drawn/``, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -77,7 +81,7 @@ PREPROCESSOR: dict[str, Any] = {
 
 
 @dataclass
-class RewardPretrainConfig:
+class RewardDataConfig:
     """Settings of this command, whose defaults made the shipped weights.
 
     Raises:
@@ -105,19 +109,10 @@ class RewardPretrainConfig:
     """Rendered images per step, each with another prompt."""
     warmup_learning_rate: float = 1e-3
     """Peak of its one-cycle schedule."""
-    train_steps: int = 1000
-    """Steps on the preferences."""
-    train_batch: int = 24
-    """Prompts per step. Each brings all of its images and pairs."""
-    learning_rate: float = 5e-4
-    """Peak of the one-cycle schedule."""
-    anchor: float = 0.3
-    """Weight of the contrastive loss beside the preference loss.
-
-    A few noisy preferences alone would spoil what the warm-up learned.
-    """
     weight_decay: float = 1e-2
-    """Weight decay of AdamW, in both stages."""
+    """Weight decay of AdamW."""
+    renderings: int = 10
+    """Captioned images of every training prompt, for the anchor."""
     eval_prompts: int = 120
     """Held-out prompts to measure on (of 120)."""
     eval_images_per_prompt: int = 8
@@ -141,8 +136,8 @@ class RewardPretrainConfig:
             elif name == "label_flips":
                 if not 0 <= value < 0.5:
                     raise ConfigError(f"--{name}", f"expected float in [0, 0.5), got {value}")
-            elif value < 0 or (value == 0 and name not in ("weight_decay", "anchor")):
-                zero = " or 0" if name in ("weight_decay", "anchor") else ""
+            elif value < 0 or (value == 0 and name != "weight_decay"):
+                zero = " or 0" if name == "weight_decay" else ""
                 raise ConfigError(f"--{name}", f"expected float above 0{zero}, got {value}")
 
 
@@ -323,7 +318,7 @@ def pairs_of(images_per_prompt: int) -> npt.NDArray[np.int64]:
     return np.array(list(itertools.combinations(range(images_per_prompt), 2)))
 
 
-def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.bool_]:
+def noisy_labels(truth: Floats, config: RewardDataConfig) -> npt.NDArray[np.bool_]:
     """Draw whether the first image of each pair is preferred.
 
     By Bradley-Terry, P(a) = sigmoid((s_a - s_b) / temperature) with the verifier's
@@ -333,7 +328,7 @@ def noisy_labels(truth: Floats, config: RewardPretrainConfig) -> npt.NDArray[np.
 
     Args:
         truth (`np.ndarray`): the verifier's scores, (prompts, images per prompt).
-        config (`RewardPretrainConfig`): temperature, share and seed.
+        config (`RewardDataConfig`): temperature, share and seed.
 
     Returns:
         `np.ndarray`: bool (prompts, pairs).
@@ -394,9 +389,7 @@ def contrastive_loss(
     return (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
 
 
-def warm_up(
-    config: RewardPretrainConfig, model: Any, tokenizer: Any, prompts: Sequence[str]
-) -> None:
+def warm_up(config: RewardDataConfig, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
     """Pre-train contrastively on training prompts, with the model's `logit_scale`."""
     optimizer = _Optimizer(
         model, config.warmup_learning_rate, config.weight_decay, config.warmup_steps
@@ -411,70 +404,7 @@ def warm_up(
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-@torch.no_grad()
-def refit_scale(model: Any, cosines: Tensor, labels: npt.NDArray[np.bool_]) -> None:
-    """Set `logit_scale` to the best fit of the preferences by the features as they are.
-
-    The warm-up's scale suits a choice among the prompts of a batch. Left there, noisy
-    preferences make its scores overconfident. Training would lower the confidence by
-    spoiling the features, before it has moved the one number that does it.
-
-    Args:
-        model (`CLIPModel`): changed in place.
-        cosines (`Tensor`): cos(text, image), (prompts, images per prompt).
-        labels (`np.ndarray`): of `noisy_labels`.
-    """
-    pairs, targets = torch.from_numpy(pairs_of(cosines.shape[1])), torch.from_numpy(labels).float()
-    difference = cosines[:, pairs[:, 0]] - cosines[:, pairs[:, 1]]
-    candidates = torch.logspace(0, 2, 201)
-    losses = [
-        torch.nn.functional.binary_cross_entropy_with_logits(c * difference, targets)
-        for c in candidates
-    ]
-    model.logit_scale.fill_(candidates[torch.stack(losses).argmin()].log())
-
-
-def train_preferences(
-    config: RewardPretrainConfig,
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    pixels: Pixels,
-    labels: npt.NDArray[np.bool_],
-) -> None:
-    """Train with PickScore's loss, over all pairs of a batch of prompts.
-
-    The loss is the cross-entropy of the softmax over the two images' scores against the
-    label. `anchor` times the contrastive loss, at the warm-up's temperature, is added.
-
-    Args:
-        config (`RewardPretrainConfig`): steps, batch and learning rate.
-        model (`CLIPModel`): changed in place.
-        tokenizer (`CLIPTokenizer`): of the shapes world.
-        prompts (sequence of `str`): training prompts.
-        pixels (`np.ndarray`): uint8 (prompts, images per prompt, 64, 64, 3).
-        labels (`np.ndarray`): of `noisy_labels`.
-    """
-    optimizer = _Optimizer(model, config.learning_rate, config.weight_decay, config.train_steps)
-    generator = torch.Generator().manual_seed(config.seed + 3)
-    ids, k = token_ids(tokenizer, prompts), pixels.shape[1]
-    pairs, targets = torch.from_numpy(pairs_of(k)), torch.from_numpy(labels).float()
-    rng, warm_scale = random.Random(config.seed + 4), model.logit_scale.detach().exp()
-    refit_scale(model, score_pixels(model, tokenizer, pixels, prompts) / warm_scale, labels)
-    bar = tqdm(range(config.train_steps), desc="preferences", mininterval=5)
-    for _ in bar:
-        index = torch.randperm(len(prompts), generator=generator)[: config.train_batch]
-        batch = preprocess(pixels[index.numpy()].reshape(-1, RESOLUTION, RESOLUTION, 3))
-        s = scores(model, ids[index], batch).view(-1, k)
-        # A softmax over two scores is a sigmoid of their difference.
-        logits = s[:, pairs[:, 0]] - s[:, pairs[:, 1]]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[index])
-        anchor = contrastive_loss(model, tokenizer, prompts, rng, config.warmup_batch, warm_scale)
-        optimizer.step(loss + config.anchor * anchor)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-
-def claim(folder: Path, config: RewardPretrainConfig) -> Path:
+def claim(folder: Path, config: RewardDataConfig) -> Path:
     """Claim ``folder/drawn`` for the images of these settings.
 
     Returns:
@@ -483,15 +413,7 @@ def claim(folder: Path, config: RewardPretrainConfig) -> Path:
     Raises:
         UserError: it holds images drawn with other settings.
     """
-    names = (
-        "seed",
-        "num_prompts",
-        "images_per_prompt",
-        "steps",
-        "eval_prompts",
-        "eval_images_per_prompt",
-    )
-    settings = {name: getattr(config, name) for name in names}
+    settings = asdict(config)
     drawn = folder / "drawn"
     drawn.mkdir(parents=True, exist_ok=True)
     file = drawn / "settings.json"
@@ -517,53 +439,97 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
 
-def run(folder: Path, config: RewardPretrainConfig) -> dict[str, Any]:
-    """Draw, train, write and measure.
+def write_preferences(
+    folder: Path, prompts: Sequence[str], pixels: Pixels, labels: npt.NDArray[np.bool_]
+) -> None:
+    """Write every pair of images of a prompt as a row: prompt, chosen, rejected.
 
     Args:
-        folder (`Path`): for everything that is written.
-        config (`RewardPretrainConfig`): the settings.
-
-    Returns:
-        `dict`: what is in ``accuracy.json``.
+        folder (`Path`): of the dataset.
+        prompts (sequence of `str`): training prompts.
+        pixels (`np.ndarray`): uint8 (prompts, images per prompt, 64, 64, 3).
+        labels (`np.ndarray`): of `noisy_labels`.
     """
-    from tools.shapes.reward_card import measure, write_card
+    rows = []
+    for number, prompt in enumerate(prompts):
+        images = [_png(image) for image in pixels[number]]
+        for (a, b), first in zip(pairs_of(len(images)), labels[number], strict=True):
+            chosen, rejected = (a, b) if first else (b, a)
+            rows.append({"prompt": prompt, "chosen": images[chosen], "rejected": images[rejected]})
+    _write_rows(folder / "train.parquet", rows, ("chosen", "rejected"))
 
-    drawn = claim(folder, config)
-    prompts, held_out = (
-        train_prompts()[: config.num_prompts],
-        held_out_prompts()[: config.eval_prompts],
-    )
-    offset = config.seed * 100_000
-    pixels = draw(
-        drawn, "train", prompts, config.images_per_prompt, config.steps, TRAIN_SEED + offset
-    )
-    held_out_pixels = draw(
-        drawn,
-        "held-out",
-        held_out,
-        config.eval_images_per_prompt,
-        config.steps,
-        HELD_OUT_SEED + offset,
-    )
-    truth = verifier_scores(pixels, prompts)
-    labels = noisy_labels(truth, config)
 
+def write_captions(file: Path, config: RewardDataConfig, prompts: Sequence[str]) -> None:
+    """Write rendered images of the prompts, each in either style.
+
+    The style says nothing about the prompt. Preferences alone teach the taste.
+    """
+    rng = random.Random(config.seed + 4)
+    rows = [
+        {"prompt": prompt, "image": _png(np.asarray(render(parse_prompt(prompt), rng, style)))}
+        for _ in range(config.renderings)
+        for prompt in prompts
+        for style in [rng.choice(STYLES)]
+    ]
+    _write_rows(file, rows, ("image",))
+
+
+def _png(pixels: Pixels) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _write_rows(file: Path, rows: list[dict[str, Any]], images: Sequence[str]) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features({"prompt": Value("string")} | {name: ImageFeature() for name in images})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        Dataset.from_list(rows, features=features).to_parquet(temporary)
+
+
+def train_images(folder: Path, config: RewardDataConfig) -> tuple[list[str], Pixels]:
+    """Draw the training images, or read those that are there."""
+    prompts = train_prompts()[: config.num_prompts]
+    first = TRAIN_SEED + config.seed * 100_000
+    drawn = folder / "drawn"
+    return prompts, draw(drawn, "train", prompts, config.images_per_prompt, config.steps, first)
+
+
+def held_out_images(folder: Path, config: RewardDataConfig) -> tuple[list[str], Pixels]:
+    """Draw the images to measure on, or read those that are there."""
+    prompts = held_out_prompts()[: config.eval_prompts]
+    first, count = HELD_OUT_SEED + config.seed * 100_000, config.eval_images_per_prompt
+    return prompts, draw(folder / "drawn", "held-out", prompts, count, config.steps, first)
+
+
+def make_base(folder: Path, config: RewardDataConfig) -> None:
+    """Pre-train the base on captions, if it is not there."""
+    if (folder / "preprocessor_config.json").is_file():
+        return
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    started = time.perf_counter()
-    warm_up(config, model, tokenizer, prompts)
-    warm = score_pixels(model, tokenizer, held_out_pixels, held_out).double().numpy()
-    train_preferences(config, model, tokenizer, prompts, pixels, labels)
-    print(f"trained in {time.perf_counter() - started:.0f} s")
+    warm_up(config, model, tokenizer, train_prompts()[: config.num_prompts])
     save(folder, model.eval(), tokenizer)
 
-    parts = verifier_parts(pixels, prompts)
-    results = measure(folder, config, held_out, held_out_pixels, warm, truth, parts, labels)
-    (folder / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_card(folder, config, results)
-    return results
+
+def run(folder: Path, config: RewardDataConfig) -> None:
+    """Draw, pre-train and write.
+
+    Args:
+        folder (`Path`): for everything that is written.
+        config (`RewardDataConfig`): the settings.
+    """
+    claim(folder, config)
+    prompts, pixels = train_images(folder, config)
+    held_out_images(folder, config)
+    labels = noisy_labels(verifier_scores(pixels, prompts), config)
+    write_preferences(folder / "preferences", prompts, pixels, labels)
+    write_captions(folder / "captions.parquet", config, prompts)
+    make_base(folder / "base", config)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -572,12 +538,12 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, required=True)
-    for name, value in asdict(RewardPretrainConfig()).items():
+    for name, value in asdict(RewardDataConfig()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
     folder = options.pop("output_dir")
-    run(folder, RewardPretrainConfig(**options))
-    print((folder / "README.md").read_text())
+    run(folder, RewardDataConfig(**options))
+    print(f"wrote {folder}: base/, preferences/, captions.parquet")
 
 
 if __name__ == "__main__":
