@@ -92,6 +92,7 @@ def measure(
     names: Sequence[str],
     nuisances: Tensor,
     categories: Sequence[str] = (),
+    flip_rate: float = 0.0,
 ) -> dict[str, Any]:
     """Measure a reward on held-out pairs.
 
@@ -104,13 +105,19 @@ def measure(
         names (`Sequence[str]`): Names of the judges.
         nuisances (`Tensor`): Differences, (n, 6).
         categories (`Sequence[str]`, *optional*): Of each pair, see `pair_categories`.
+        flip_rate (`float`, *optional*, defaults to `0.0`): Share of labels that are
+            wrong, which the margins leave out of account. The calibration compares
+            confidence in these labels.
 
     Returns:
         `dict`: Plain values, for `report.json`.
     """
     decided = labels != 0.5
     confidence = torch.sigmoid(margins.abs())[decided]
-    hits = hits_of(margins, labels)[decided]
+    confidence = (1 - flip_rate) * confidence + flip_rate * (1 - confidence)
+    # Of judges who differ about a pair, a share agrees.
+    agreed = torch.where(margins > 0, labels, 1 - labels)
+    hits = torch.where(margins == 0, 0.5, agreed.double())[decided]
     found: dict[str, Any] = {
         "reward": accuracy(margins, labels, prompts),
         "base": accuracy(base, labels, prompts),
@@ -222,6 +229,8 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
     """Write the model card of a reward."""
     reward, base, data = report["reward"], report["base"], facts["data"]
     own = report.get("mean_user")  # of a reward with users
+    wrong = facts["settings"].get("flip_rate", 0.0)
+    labels = f", by labels of which {wrong:.0%} are taken to be wrong" if wrong else ""
     lines = [
         f"# {facts['name']}",
         "",
@@ -244,7 +253,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         f"| its base | {base['accuracy']:.1%} | {in_words(base)} |",
         "",
         f"{reward['pairs']:,} decided pairs of {reward['prompts']:,} prompts, every prompt counts "
-        f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
+        f"the same. Expected calibration error {report['expected_calibration_error']:.3f}{labels} "
         "(![confidence against right answers](calibration.png)).",
         "",
         *(

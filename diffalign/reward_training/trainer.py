@@ -347,6 +347,7 @@ class RewardTrainer:
             self.held_out.users,
             test.nuisances,
             pair_categories(self.held_out),
+            args.flip_rate,
         )
         if isinstance(head, PalHead):
             with torch.no_grad():
@@ -407,6 +408,7 @@ class RewardTrainer:
             self.held_out.users,
             pair_nuisances(run.data["test"].part),
             pair_categories(run.data["test"].part),
+            self.args.flip_rate,
         )
         chosen = {"validation_loss": run.best.loss, "step": float(run.best.step)}
         facts = self._facts({"kind": "factor"}, temperature, chosen)

@@ -54,6 +54,25 @@ def test_the_temperature_is_that_of_the_labels(settings: dict[str, float]) -> No
     assert expected_calibration_error(confidence, hits.double(), 10) < 0.03
 
 
+def measured(margins: torch.Tensor, labels: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """What the report says of pairs that have a prompt each."""
+    count = len(margins)
+    rest = torch.arange(count), torch.full((count,), -1), [], torch.zeros(count, 6).double()
+    return measure(margins, margins, labels.double(), *rest, **options)
+
+
+def test_the_calibration_is_that_of_the_labels_as_they_were_given() -> None:
+    """Also where some of them are wrong, or several judges differ about a pair."""
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(6000, generator=generator, dtype=torch.float64)
+    won = torch.rand(6000, 5, generator=generator) < margins.sigmoid()[:, None]
+    flipped = won[:, 0] ^ (torch.rand(6000, generator=generator) < 0.2)
+    error = "expected_calibration_error"
+    assert measured(margins, flipped)[error] > 0.08
+    assert measured(margins, flipped, flip_rate=0.2)[error] < 0.02
+    assert measured(margins, won.double().mean(1))[error] < 0.02
+
+
 def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> None:
     data = [
         row
