@@ -140,17 +140,7 @@ def measure(
         mine = (users == number) & decided
         if number < 0 or not bool(mine.any()):
             continue
-        right = hits_of(margins, labels)[mine]
-        own: dict[int, list[float]] = {}
-        for hit, prompt in zip(right.tolist(), prompts[mine].tolist(), strict=True):
-            own.setdefault(prompt, []).append(hit)
-        low, high = interval(own)
-        found["users"][names[number]] = {
-            "accuracy": float(right.mean()),
-            "low": low,
-            "high": high,
-            "pairs": len(right),
-        }
+        found["users"][names[number]] = accuracy(margins[mine], labels[mine], prompts[mine])
     found["categories"] = {}
     for name in sorted(set(categories) - {""}):
         mine = torch.tensor([category == name for category in categories])

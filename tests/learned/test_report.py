@@ -73,6 +73,17 @@ def test_the_calibration_is_that_of_the_labels_as_they_were_given() -> None:
     assert measured(margins, won.double().mean(1))[error] < 0.02
 
 
+def test_the_accuracy_of_a_person_lies_in_its_interval() -> None:
+    """Both count prompts, of which one may have most of the pairs."""
+    margins, labels = torch.ones(60).double(), torch.ones(60).double()
+    labels[51:] = 0
+    prompts = torch.tensor([0] * 51 + list(range(1, 10)))
+    users, nothing = torch.zeros(60).long(), torch.zeros(60, 6).double()
+    (row,) = measure(margins, margins, labels, prompts, users, ["ann"], nothing)["users"].values()
+    assert row["low"] < row["accuracy"] == pytest.approx(0.1) < row["high"]
+    assert row["by_pairs"] == pytest.approx(0.85)
+
+
 def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> None:
     data = [
         row
