@@ -233,6 +233,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         f"judged by {data['users'] or 'unnamed'} people; {data['ties']:,} ties; fingerprint "
         f"{data['fingerprint'][:16]}. Prompts are split into {data['split']}.",
         "",
+        *(line for note in data["notes"] for line in (f"- {note}", "")),
         "## On prompts that it was not trained on",
         "",
         "| | accuracy | 95 % interval |",

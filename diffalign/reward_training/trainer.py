@@ -150,6 +150,9 @@ class RewardTrainer:
             self.held_out = read_judgements(eval_dataset, **options)
             self.eval_fingerprint = self.held_out.fingerprint()
             check_held_out(self.held_out, data)
+        if self.args.head == "pal":
+            self._note_nameless()
+        if eval_dataset is not None:
             self._number_users()
         if self.args.head == "pal":
             self._check_users()
@@ -208,6 +211,15 @@ class RewardTrainer:
         if towers == "lora" and peft_config is None:
             return LoraSection().to_peft()
         return peft_config
+
+    def _note_nameless(self) -> None:
+        """Say how much of the report is about nobody's taste in particular."""
+        count = int((self.held_out.user < 0).sum())
+        if count:
+            self.judgements.notes.append(
+                f"WARNING: {count} of {len(self.held_out)} judgements of the evaluation name no "
+                "person, and are measured as the mean user"
+            )
 
     def _number_users(self) -> None:
         """Number users as the training data does."""
