@@ -111,7 +111,7 @@ def make_items(
     image, text = features.of(rows, prompt)
     weight = torch.from_numpy(opinions.weight)
     if by_prompt and len(rows):
-        weight = weight / torch.bincount(prompt)[prompt]
+        weight = weight / torch.bincount(prompt, weight)[prompt].clamp(min=1e-12)
     return Items(opinions, image, text, base(image, text), weight, prompt)
 
 

@@ -17,9 +17,10 @@ from diffalign import load_scorer
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
 from diffalign.reward_training.categories import pair_categories
-from diffalign.reward_training.features import embed
-from diffalign.reward_training.fit import Labels, fit_temperature
+from diffalign.reward_training.features import Features, embed
+from diffalign.reward_training.fit import Labels, fit_temperature, make_items
 from diffalign.reward_training.judgements import read_judgements, split
+from diffalign.reward_training.opinions import Opinions
 from diffalign.reward_training.report import card, measure
 from diffalign.rewards.learned.calibration import expected_calibration_error
 from diffalign.rewards.users import ExamplePair, embed_users, load_user_embedder
@@ -342,6 +343,38 @@ def test_rows_of_weight_0_do_not_count(tmp_path: Path) -> None:
     ]
     judged = read_judgements([*ties, ties[0] | {"label_0": 1.0, "prompt": "p"}])
     assert judged.label.tolist().count(0.5) == 4
+    lists = [
+        {
+            "prompt": f"p {number}",
+            "images": [row["chosen"], row["rejected"]],
+            "scores": [1.0, float(number == 3)],
+            "weight": float(number > 1),
+        }
+        for number, row in enumerate(rows(4))
+    ]
+    judged = read_judgements(lists)
+    assert len(judged) == 1 and judged.opinions.weight.tolist() == [1.0] * 4
+
+
+def test_rows_that_are_left_out_are_told() -> None:
+    data = [
+        {"prompt": r["prompt"], "jpg_0": r["chosen"], "jpg_1": r["rejected"], "label_0": label}
+        for r, label in zip(rows(22), [None, *[1.0] * 21], strict=True)
+    ]
+    data[-1]["prompt"] = None
+    one, other = read_judgements(data).notes
+    assert one.startswith("WARNING: 1 broken rows left out (row 21: ")
+    assert other == "WARNING: 1 rows without a label left out"
+
+
+def test_every_prompt_has_one_weight_whatever_its_opinions_weigh() -> None:
+    opinions = Opinions(
+        *(np.array(column) for column in ([0, 1, 2], [0, 0, 1], [-1] * 3, [1.0, 0.0, 1.0])),
+        source=np.arange(3), weight=np.array([6.0, 2.0, 5.0]),
+    )  # fmt: skip
+    features = Features(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3, 6))
+    items = make_items(opinions, features, lambda image, text: image[:, 0], True)
+    assert items.weight.tolist() == [0.75, 0.25, 1.0]
 
 
 def test_settings_without_an_effect_are_refused(tmp_path: Path) -> None:
