@@ -570,9 +570,13 @@ def add_user(
         text = features.text[torch.from_numpy(data.prompt)]
         margins = head.prototype_scores(images[0], text) - head.prototype_scores(images[1], text)
     decided = torch.from_numpy(data.label) != 0.5
-    labels = torch.from_numpy(np.where(data.label > 0.5, 1.0, -1.0))
-    margins, labels = reward.temperature * margins[decided], labels[decided]
-    logits = fit_new_user(margins, labels, head.logits.detach(), penalty)
+    margins, share = reward.temperature * margins[decided], torch.from_numpy(data.label)[decided]
+    weight = torch.from_numpy(data.weight)[decided]
+    weight = weight / weight.mean()
+    # Votes for either image are pairs of their own.
+    margins, ones = torch.cat([margins, margins]), torch.ones_like(share)
+    labels, weight = torch.cat([ones, -ones]), torch.cat([weight * share, weight * (1 - share)])
+    logits = fit_new_user(margins, labels, head.logits.detach(), penalty, weight)
     facts["head"]["users"].append(name)
     if "affine_of_users" in facts:
         with torch.no_grad():
