@@ -111,6 +111,7 @@ def average_rewards(
         test.users,
         pair_nuisances(test),
         pair_categories(test),
+        config.flip_rate,
     )
     written = facts[0] | {
         "name": target.resolve().name,

@@ -111,7 +111,7 @@ def make_items(
     image, text = features.of(rows, prompt)
     weight = torch.from_numpy(opinions.weight)
     if by_prompt and len(rows):
-        weight = weight / torch.bincount(prompt)[prompt]
+        weight = weight / torch.bincount(prompt, weight)[prompt].clamp(min=1e-12)
     return Items(opinions, image, text, base(image, text), weight, prompt)
 
 
@@ -503,7 +503,9 @@ def taste_logits(pairs: Pairs, users: int, prototypes: int) -> Tensor:
     for k in range(prototypes):
         if k // 2 < loadings.shape[1]:
             column = loadings[:, k // 2]
-            logits[:, k] = (1 if k % 2 == 0 else -1) * column / column.std().clamp(min=1e-9)
+            # One user has no deviation, and a column of zeros.
+            spread = column.std() if users > 1 else column.new_zeros(())
+            logits[:, k] = (1 if k % 2 == 0 else -1) * column / spread.clamp(min=1e-9)
     return logits
 
 

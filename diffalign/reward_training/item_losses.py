@@ -69,8 +69,14 @@ def check_opinions(kind: str, opinions: Opinions) -> None:
         what = "likes and dislikes" if opinions.are_thumbs else "ratings or lists"
         fitting = "thumbs" if opinions.are_thumbs else "ratings, quantiles or plackett_luce"
         raise UserError(f"train.loss: {kind} does not fit the data, {what}; take {fitting}")
-    if len(np.unique(opinions.value)) < 2:
+    levels = len(np.unique(opinions.value))
+    if levels < 2:
         raise UserError(f"train.loss: all {len(opinions)} opinions are equal, nothing is preferred")
+    if kind == "ratings" and levels > MOST_LEVELS:
+        raise UserError(
+            f"train.loss: ratings takes at most {MOST_LEVELS} distinct values, and there are "
+            f"{levels}; take quantiles"
+        )
     if kind == "plackett_luce" and np.unique(opinions.source, return_counts=True)[1].max() < 2:
         raise UserError("train.loss: plackett_luce needs lists, and every row has one image")
 
@@ -98,12 +104,7 @@ def _thumbs(opinions: Opinions, weight: Tensor) -> tuple[ItemLoss, list[Tensor]]
 
 
 def _ratings(opinions: Opinions, weight: Tensor) -> tuple[ItemLoss, list[Tensor]]:
-    levels, places = np.unique(opinions.value, return_inverse=True)
-    if len(levels) > MOST_LEVELS:
-        raise UserError(
-            f"train.loss: ratings takes at most {MOST_LEVELS} distinct values, and there are "
-            f"{len(levels)}; take quantiles"
-        )
+    places = np.unique(opinions.value, return_inverse=True)[1]
     place = torch.from_numpy(places.astype(np.int64))
     shares = np.cumsum(np.bincount(places))[:-1] / len(places)
     start = torch.from_numpy(np.log(shares / (1 - shares)))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..data import PreferenceDataset, load_preferences
 from ..data.groups import Group
+from ..data.load_report import LoadReport
 from ..errors import ConfigError, UserError
 from ..rewards.learned.losses import flip_rate_of
 from .opinions import Opinions
@@ -132,7 +133,8 @@ class _Collector:
         user: str | None,
         weight: float = 1.0,
     ) -> None:
-        if first == second:  # an image is as good as itself
+        """Add a pair. Rows of weight 0 do not count."""
+        if first == second or not weight:  # an image is as good as itself
             return
         self.pairs.append((first, second, *self._who(prompt, user, label), weight))
 
@@ -143,8 +145,10 @@ class _Collector:
 
     def say(self, group: Group, place: int, image: int, value: float, row: int) -> None:
         """Add an opinion on one image of a group."""
-        number, _, judge = self._who(group.prompts[place], group.user, value)
-        self.opinion_rows.append((image, number, judge, value, row, group.weight))
+        weight = group.weight if group.tie_weight is None else group.tie_weight
+        if weight:
+            number, _, judge = self._who(group.prompts[place], group.user, value)
+            self.opinion_rows.append((image, number, judge, value, row, weight))
 
     def result(self, notes: list[str], are_thumbs: bool = False) -> Judgements:
         columns = list(zip(*self.opinion_rows, strict=True)) or [()] * 6
@@ -231,9 +235,8 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
         if data.kind == "pair":
             tie = group.tie_weight is not None
             weight = group.weight if group.tie_weight is None else group.tie_weight
-            if weight:  # rows of weight 0 do not count
-                label = 0.5 if tie else 1.0
-                collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
+            label = 0.5 if tie else 1.0
+            collector.add(group.prompts[0], images[0], images[1], label, group.user, weight)
         elif data.kind == "ranked":
             scores = group.scores or ()
             for place, (image, score) in enumerate(zip(images, scores, strict=True)):
@@ -259,11 +262,22 @@ def read_judgements(source: Any, ratings: bool = True, **options: Any) -> Judgem
         for (a, first, one), (b, second, other) in combinations(judged, 2):
             if first != second:
                 collector.add(prompt, a, b, float(first > second), user, one * other)
-    result = collector.result([], are_thumbs)
+    result = collector.result(_left_out(data.report), are_thumbs)
     for group_prompt, category in data.categories_of_prompts().items():
         if group_prompt in collector.prompts:
             result.categories[collector.prompts[group_prompt]] = category
     return _checked(result, getattr(data, "report", None), bool(likes))
+
+
+def _left_out(report: LoadReport) -> list[str]:
+    """Say which rows and columns were not read."""
+    notes = []
+    if report.broken_count:
+        broken = f"{report.broken_count} broken rows left out ({report.first_broken()})"
+        notes.append(f"WARNING: {broken}")
+    if report.unlabelled:
+        notes.append(f"WARNING: {report.unlabelled} rows without a label left out")
+    return notes + [text for text in (report.unused_columns(),) if text]
 
 
 def read_votes(folder: Path) -> Judgements:

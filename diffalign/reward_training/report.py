@@ -92,6 +92,7 @@ def measure(
     names: Sequence[str],
     nuisances: Tensor,
     categories: Sequence[str] = (),
+    flip_rate: float = 0.0,
 ) -> dict[str, Any]:
     """Measure a reward on held-out pairs.
 
@@ -104,13 +105,19 @@ def measure(
         names (`Sequence[str]`): Names of the judges.
         nuisances (`Tensor`): Differences, (n, 6).
         categories (`Sequence[str]`, *optional*): Of each pair, see `pair_categories`.
+        flip_rate (`float`, *optional*, defaults to `0.0`): Share of labels that are
+            wrong, which the margins leave out of account. The calibration compares
+            confidence in these labels.
 
     Returns:
         `dict`: Plain values, for `report.json`.
     """
     decided = labels != 0.5
     confidence = torch.sigmoid(margins.abs())[decided]
-    hits = hits_of(margins, labels)[decided]
+    confidence = (1 - flip_rate) * confidence + flip_rate * (1 - confidence)
+    # Of judges who differ about a pair, a share agrees.
+    agreed = torch.where(margins > 0, labels, 1 - labels)
+    hits = torch.where(margins == 0, 0.5, agreed.double())[decided]
     found: dict[str, Any] = {
         "reward": accuracy(margins, labels, prompts),
         "base": accuracy(base, labels, prompts),
@@ -133,17 +140,7 @@ def measure(
         mine = (users == number) & decided
         if number < 0 or not bool(mine.any()):
             continue
-        right = hits_of(margins, labels)[mine]
-        own: dict[int, list[float]] = {}
-        for hit, prompt in zip(right.tolist(), prompts[mine].tolist(), strict=True):
-            own.setdefault(prompt, []).append(hit)
-        low, high = interval(own)
-        found["users"][names[number]] = {
-            "accuracy": float(right.mean()),
-            "low": low,
-            "high": high,
-            "pairs": len(right),
-        }
+        found["users"][names[number]] = accuracy(margins[mine], labels[mine], prompts[mine])
     found["categories"] = {}
     for name in sorted(set(categories) - {""}):
         mine = torch.tensor([category == name for category in categories])
@@ -222,6 +219,8 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
     """Write the model card of a reward."""
     reward, base, data = report["reward"], report["base"], facts["data"]
     own = report.get("mean_user")  # of a reward with users
+    wrong = facts["settings"].get("flip_rate", 0.0)
+    labels = f", by labels of which {wrong:.0%} are taken to be wrong" if wrong else ""
     lines = [
         f"# {facts['name']}",
         "",
@@ -234,6 +233,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         f"judged by {data['users'] or 'unnamed'} people; {data['ties']:,} ties; fingerprint "
         f"{data['fingerprint'][:16]}. Prompts are split into {data['split']}.",
         "",
+        *(line for note in data["notes"] for line in (f"- {note}", "")),
         "## On prompts that it was not trained on",
         "",
         "| | accuracy | 95 % interval |",
@@ -244,7 +244,7 @@ def card(facts: dict[str, Any], report: dict[str, Any]) -> str:
         f"| its base | {base['accuracy']:.1%} | {in_words(base)} |",
         "",
         f"{reward['pairs']:,} decided pairs of {reward['prompts']:,} prompts, every prompt counts "
-        f"the same. Expected calibration error {report['expected_calibration_error']:.3f} "
+        f"the same. Expected calibration error {report['expected_calibration_error']:.3f}{labels} "
         "(![confidence against right answers](calibration.png)).",
         "",
         *(

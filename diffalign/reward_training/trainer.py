@@ -150,6 +150,9 @@ class RewardTrainer:
             self.held_out = read_judgements(eval_dataset, **options)
             self.eval_fingerprint = self.held_out.fingerprint()
             check_held_out(self.held_out, data)
+        if self.args.head == "pal":
+            self._note_nameless()
+        if eval_dataset is not None:
             self._number_users()
         if self.args.head == "pal":
             self._check_users()
@@ -208,6 +211,15 @@ class RewardTrainer:
         if towers == "lora" and peft_config is None:
             return LoraSection().to_peft()
         return peft_config
+
+    def _note_nameless(self) -> None:
+        """Say how much of the report is about nobody's taste in particular."""
+        count = int((self.held_out.user < 0).sum())
+        if count:
+            self.judgements.notes.append(
+                f"WARNING: {count} of {len(self.held_out)} judgements of the evaluation name no "
+                "person, and are measured as the mean user"
+            )
 
     def _number_users(self) -> None:
         """Number users as the training data does."""
@@ -347,6 +359,7 @@ class RewardTrainer:
             self.held_out.users,
             test.nuisances,
             pair_categories(self.held_out),
+            args.flip_rate,
         )
         if isinstance(head, PalHead):
             with torch.no_grad():
@@ -407,6 +420,7 @@ class RewardTrainer:
             self.held_out.users,
             pair_nuisances(run.data["test"].part),
             pair_categories(run.data["test"].part),
+            self.args.flip_rate,
         )
         chosen = {"validation_loss": run.best.loss, "step": float(run.best.step)}
         facts = self._facts({"kind": "factor"}, temperature, chosen)
@@ -556,9 +570,13 @@ def add_user(
         text = features.text[torch.from_numpy(data.prompt)]
         margins = head.prototype_scores(images[0], text) - head.prototype_scores(images[1], text)
     decided = torch.from_numpy(data.label) != 0.5
-    labels = torch.from_numpy(np.where(data.label > 0.5, 1.0, -1.0))
-    margins, labels = reward.temperature * margins[decided], labels[decided]
-    logits = fit_new_user(margins, labels, head.logits.detach(), penalty)
+    margins, share = reward.temperature * margins[decided], torch.from_numpy(data.label)[decided]
+    weight = torch.from_numpy(data.weight)[decided]
+    weight = weight / weight.mean()
+    # Votes for either image are pairs of their own.
+    margins, ones = torch.cat([margins, margins]), torch.ones_like(share)
+    labels, weight = torch.cat([ones, -ones]), torch.cat([weight * share, weight * (1 - share)])
+    logits = fit_new_user(margins, labels, head.logits.detach(), penalty, weight)
     facts["head"]["users"].append(name)
     if "affine_of_users" in facts:
         with torch.no_grad():

@@ -139,6 +139,11 @@ def test_a_new_user_from_a_few_pairs() -> None:
     close(pal.user_objective(t([0.3420676399, -0.3420676399]), margins, labels, 1.0), 2.4778264914)
     close(pal.user_objective(t([0, 0]), margins, labels, 1.0), 2.6413011489)
     close(pal.prototype_posterior(margins, labels), [0.8646399014, 0.1353600986])
+    # A pair of weight 2 is two pairs.
+    known, twice = t([[1, 0], [-1, 0.5]]), torch.tensor([0, 0, 1, 2])
+    repeated = pal.fit_new_user(margins[twice], labels[twice], known)
+    weighted = pal.fit_new_user(margins, labels, known, weight=t([2, 1, 1]))
+    torch.testing.assert_close(weighted, repeated, rtol=0, atol=1e-6)
 
 
 def test_pal_b() -> None:

@@ -199,6 +199,9 @@ def test_mistakes(tmp_path: Path) -> None:
     scores = [float(i) for i in range(30)]
     with pytest.raises(UserError, match="take quantiles"):
         item_loss("ratings", opinions(scores), torch.ones(30, dtype=torch.float64))
+    fine = [row | {"rating": row["rating"] + i / 64} for i, row in enumerate(stars(20))]
+    with pytest.raises(UserError, match="take quantiles"):  # before anything is embedded
+        RewardTrainer("shapes-clip", config(tmp_path / "fine", loss="ratings"), fine)
     for values, words in (
         ({"loss": "ratings", "flip_rate": 0.1}, "flip_rate: is for pairs"),
         ({"loss": "thumbs", "head": "pal"}, "loss: is no setting of a pal head"),

@@ -17,9 +17,10 @@ from diffalign import load_scorer
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
 from diffalign.reward_training.categories import pair_categories
-from diffalign.reward_training.features import embed
-from diffalign.reward_training.fit import Labels, fit_temperature
+from diffalign.reward_training.features import Features, embed
+from diffalign.reward_training.fit import Labels, fit_temperature, make_items
 from diffalign.reward_training.judgements import read_judgements, split
+from diffalign.reward_training.opinions import Opinions
 from diffalign.reward_training.report import card, measure
 from diffalign.rewards.learned.calibration import expected_calibration_error
 from diffalign.rewards.users import ExamplePair, embed_users, load_user_embedder
@@ -54,6 +55,36 @@ def test_the_temperature_is_that_of_the_labels(settings: dict[str, float]) -> No
     assert expected_calibration_error(confidence, hits.double(), 10) < 0.03
 
 
+def measured(margins: torch.Tensor, labels: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """What the report says of pairs that have a prompt each."""
+    count = len(margins)
+    rest = torch.arange(count), torch.full((count,), -1), [], torch.zeros(count, 6).double()
+    return measure(margins, margins, labels.double(), *rest, **options)
+
+
+def test_the_calibration_is_that_of_the_labels_as_they_were_given() -> None:
+    """Also where some of them are wrong, or several judges differ about a pair."""
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(6000, generator=generator, dtype=torch.float64)
+    won = torch.rand(6000, 5, generator=generator) < margins.sigmoid()[:, None]
+    flipped = won[:, 0] ^ (torch.rand(6000, generator=generator) < 0.2)
+    error = "expected_calibration_error"
+    assert measured(margins, flipped)[error] > 0.08
+    assert measured(margins, flipped, flip_rate=0.2)[error] < 0.02
+    assert measured(margins, won.double().mean(1))[error] < 0.02
+
+
+def test_the_accuracy_of_a_person_lies_in_its_interval() -> None:
+    """Both count prompts, of which one may have most of the pairs."""
+    margins, labels = torch.ones(60).double(), torch.ones(60).double()
+    labels[51:] = 0
+    prompts = torch.tensor([0] * 51 + list(range(1, 10)))
+    users, nothing = torch.zeros(60).long(), torch.zeros(60, 6).double()
+    (row,) = measure(margins, margins, labels, prompts, users, ["ann"], nothing)["users"].values()
+    assert row["low"] < row["accuracy"] < row["high"]
+    assert [row["accuracy"], row["by_pairs"]] == pytest.approx([0.1, 0.85])
+
+
 def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> None:
     data = [
         row
@@ -74,6 +105,11 @@ def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> 
     assert report["reward"]["accuracy"] > report["mean_user"]["accuracy"] + 0.3
     text = (folder / "README.md").read_text()
     assert "| the mean user | 50.0%" in text and "The mean user is not better than" in text
+    assert "WARNING" not in text
+    nameless = [{k: v for k, v in row.items() if k != "user_id"} for row in held_out]
+    args = config(tmp_path / "nameless", head="pal", max_steps=1)
+    text = (RewardTrainer("shapes-clip", args, data, nameless).train() / "README.md").read_text()
+    assert "- WARNING: 24 of 24 judgements of the evaluation name no person" in text
     # Scores on the declared scale have mean 0 and deviation 1, roughly.
     mean, spread = facts["affine"]
     scores = (scorer([p for side in images for p in side], prompts * 2) - mean) / spread
@@ -307,6 +343,38 @@ def test_rows_of_weight_0_do_not_count(tmp_path: Path) -> None:
     ]
     judged = read_judgements([*ties, ties[0] | {"label_0": 1.0, "prompt": "p"}])
     assert judged.label.tolist().count(0.5) == 4
+    lists = [
+        {
+            "prompt": f"p {number}",
+            "images": [row["chosen"], row["rejected"]],
+            "scores": [1.0, float(number == 3)],
+            "weight": float(number > 1),
+        }
+        for number, row in enumerate(rows(4))
+    ]
+    judged = read_judgements(lists)
+    assert len(judged) == 1 and judged.opinions.weight.tolist() == [1.0] * 4
+
+
+def test_rows_that_are_left_out_are_told() -> None:
+    data = [
+        {"prompt": r["prompt"], "jpg_0": r["chosen"], "jpg_1": r["rejected"], "label_0": label}
+        for r, label in zip(rows(22), [None, *[1.0] * 21], strict=True)
+    ]
+    data[-1]["prompt"] = None
+    one, other = read_judgements(data).notes
+    assert one.startswith("WARNING: 1 broken rows left out (row 21: ")
+    assert other == "WARNING: 1 rows without a label left out"
+
+
+def test_every_prompt_has_one_weight_whatever_its_opinions_weigh() -> None:
+    opinions = Opinions(
+        *(np.array(column) for column in ([0, 1, 2], [0, 0, 1], [-1] * 3, [1.0, 0.0, 1.0])),
+        source=np.arange(3), weight=np.array([6.0, 2.0, 5.0]),
+    )  # fmt: skip
+    features = Features(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3, 6))
+    items = make_items(opinions, features, lambda image, text: image[:, 0], True)
+    assert items.weight.tolist() == [0.75, 0.25, 1.0]
 
 
 def test_settings_without_an_effect_are_refused(tmp_path: Path) -> None:

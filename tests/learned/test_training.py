@@ -182,6 +182,8 @@ def test_users_are_grouped_by_what_they_prefer() -> None:
     assert torch.equal(logits[:, 0], -logits[:, 1])
     assert taste_logits(pairs, users, 3).shape == (users, 3)
     assert taste_logits(pairs, users, 1).isfinite().all()
+    pairs.user.zero_()
+    assert taste_logits(pairs, 1, 2).tolist() == [[0.0, 0.0]]
 
 
 def test_prompts_and_images_stay_on_one_side() -> None:

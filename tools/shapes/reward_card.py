@@ -450,7 +450,10 @@ def write_card(folder: Path, config: reward.RewardDataConfig, results: dict[str,
         "sharpness": "only the rest of the score differs",
     }
     ignored = min(attributes, key=lambda name: attributes[name]["rate"])
-    k = config.images_per_prompt
+    k, training = config.images_per_prompt, results["training"]
+    # The trainer holds prompts out, to choose a scale by and to report on.
+    held = sum(max(1, round(training[name] * config.num_prompts)) for name in ("val", "test"))
+    prompts = config.num_prompts - held
     text = CARD.format(
         **{
             name: getattr(config, name)
@@ -458,17 +461,17 @@ def write_card(folder: Path, config: reward.RewardDataConfig, results: dict[str,
         },
         **{
             "temperature": config.temperature,
-            "train_steps": results["training"]["max_steps"],
-            "anchor": results["training"]["anchor"],
-            "prompts": config.num_prompts,
+            "train_steps": training["max_steps"],
+            "anchor": training["anchor"],
+            "prompts": prompts,
             "k": k,
             "eval_prompts": config.eval_prompts,
         },
         millions=results["parameters"] / 1e6,
         scale=results["logit_scale"],
         command=results["command"],
-        train_pairs=config.num_prompts * k * (k - 1) // 2,
-        train_images=config.num_prompts * k,
+        train_pairs=prompts * k * (k - 1) // 2,
+        train_images=prompts * k,
         guidances=", ".join(f"{g:g}" for g in dict.fromkeys(reward.guidance_scales(k))),
         flips=config.label_flips,
         labels_all=percent(labels["all"]["rate"]),

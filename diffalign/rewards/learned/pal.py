@@ -85,7 +85,11 @@ def pal_b_scores(
 
 
 def fit_user(
-    margins: Tensor, labels: Tensor, penalty: float = 1.0, start: Tensor | None = None
+    margins: Tensor,
+    labels: Tensor,
+    penalty: float = 1.0,
+    start: Tensor | None = None,
+    weight: Tensor | float = 1.0,
 ) -> Tensor:
     """Find the logits of a new user from a few pairs, with the prototypes fixed.
 
@@ -98,6 +102,8 @@ def fit_user(
         penalty (`float`, *optional*, defaults to `1.0`): Pull towards `start`.
         start (`Tensor`, *optional*): Logits of a user without pairs, (K,). Defaults to
             equal weights. See `likely_user`.
+        weight (`Tensor` or `float`, *optional*, defaults to `1.0`): How much each pair
+            counts, (pairs,) or one.
 
     Returns:
         `Tensor`: (K,), float64.
@@ -120,7 +126,7 @@ def fit_user(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        value = user_objective(logits, z, y, penalty, begin)
+        value = user_objective(logits, z, y, penalty, begin, weight)
         value.backward()
         return value
 
@@ -134,28 +140,39 @@ def user_objective(
     labels: Tensor,
     penalty: float,
     start: Tensor | float = 0.0,
+    weight: Tensor | float = 1.0,
 ) -> Tensor:
     """What `fit_user` minimises. Arguments as there."""
-    fits = softplus(-labels * (margins @ logits.softmax(0)))
+    fits = weight * softplus(-labels * (margins @ logits.softmax(0)))
     return fits.sum() + penalty / 2 * (logits - start).square().sum()
 
 
-def likely_user(margins: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+def likely_user(
+    margins: Tensor, labels: Tensor, logits: Tensor, weight: Tensor | float = 1.0
+) -> Tensor:
     """Average the known users' logits by how well each explains a new user's pairs.
 
     Args:
         margins (`Tensor`): Margin of each pair by each prototype, (pairs, K).
         labels (`Tensor`): 1 or -1, (pairs,).
         logits (`Tensor`): Of the known users, (users, K).
+        weight (`Tensor` or `float`, *optional*, defaults to `1.0`): How much each pair
+            counts, (pairs,) or one.
 
     Returns:
         `Tensor`: (K,).
     """
     by_user = margins @ logits.softmax(1).T.to(margins.dtype)
-    return prototype_posterior(by_user, labels) @ logits.to(margins.dtype)
+    return prototype_posterior(by_user, labels, weight=weight) @ logits.to(margins.dtype)
 
 
-def fit_new_user(margins: Tensor, labels: Tensor, known: Tensor, penalty: float = 1.0) -> Tensor:
+def fit_new_user(
+    margins: Tensor,
+    labels: Tensor,
+    known: Tensor,
+    penalty: float = 1.0,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
     """Find the logits of a new user, who is first taken to be like the known ones.
 
     A few pairs fix little, so `fit_user` starts from `likely_user`. Arguments as there.
@@ -166,21 +183,30 @@ def fit_new_user(margins: Tensor, labels: Tensor, known: Tensor, penalty: float 
     Returns:
         `Tensor`: (K,), float64.
     """
-    return fit_user(margins, labels, penalty, likely_user(margins, labels, known))
+    start = likely_user(margins, labels, known, weight)
+    return fit_user(margins, labels, penalty, start, weight)
 
 
-def prototype_posterior(margins: Tensor, labels: Tensor, prior: Tensor | None = None) -> Tensor:
+def prototype_posterior(
+    margins: Tensor,
+    labels: Tensor,
+    prior: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
     """Posterior over the prototypes of a user who is one of them.
 
     Args:
         margins (`Tensor`): (pairs, K).
         labels (`Tensor`): 1 or -1, (pairs,).
         prior (`Tensor`, *optional*): (K,). Defaults to equal shares.
+        weight (`Tensor` or `float`, *optional*, defaults to `1.0`): How much each pair
+            counts, (pairs,) or one.
 
     Returns:
         `Tensor`: (K,), sums to 1.
     """
-    likelihoods = -softplus(-labels[:, None] * margins).sum(0)
+    weight = torch.as_tensor(weight, dtype=margins.dtype).expand(len(margins))
+    likelihoods = -weight @ softplus(-labels[:, None] * margins)
     if prior is not None:
         likelihoods = likelihoods + prior.log()
     return likelihoods.softmax(0)
