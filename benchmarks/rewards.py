@@ -299,7 +299,6 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
             return pal.score(of.first, of.text, rows) - pal.score(of.second, of.text, rows)
 
     pool = trainer._pairs(world.judged(first, second, np.ones(len(first))), world.features)
-    by_prototype = torch.stack([margins_for(row, pool) for row in torch.eye(2).double()], 1)
     by_person = torch.stack([margins_for(row, pool) for row in logits.softmax(1)], 1)
     doubts = disagreement(by_person).numpy()
     for user in newcomers:
@@ -313,7 +312,8 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
         ):
             for count in (2, 4, 8, 16):
                 shown = asked[:count]
-                person = fit_new_user(by_prototype[shown], signed[shown], logits)
+                margins = pal.margins(pool.first[shown], pool.second[shown], pool.text[shown])
+                person = fit_new_user(margins, signed[shown], logits)
                 share = right_share(
                     margins_for(person.softmax(0), pairs), u[x] - u[y], world.prompt[x]
                 )

@@ -568,14 +568,13 @@ def add_user(
     with torch.no_grad():
         images = [features.image[torch.from_numpy(rows)] for rows in (data.first, data.second)]
         text = features.text[torch.from_numpy(data.prompt)]
-        margins = head.prototype_scores(images[0], text) - head.prototype_scores(images[1], text)
     decided = torch.from_numpy(data.label) != 0.5
-    margins, share = reward.temperature * margins[decided], torch.from_numpy(data.label)[decided]
-    weight = torch.from_numpy(data.weight)[decided]
+    share, weight = (torch.from_numpy(v)[decided] for v in (data.label, data.weight))
     weight = weight / weight.mean()
     # Votes for either image are pairs of their own.
-    margins, ones = torch.cat([margins, margins]), torch.ones_like(share)
+    twice, ones = decided.nonzero()[:, 0].repeat(2), torch.ones_like(share)
     labels, weight = torch.cat([ones, -ones]), torch.cat([weight * share, weight * (1 - share)])
+    margins = head.margins(images[0][twice], images[1][twice], text[twice], reward.temperature)
     logits = fit_new_user(margins, labels, head.logits.detach(), penalty, weight)
     facts["head"]["users"].append(name)
     if "affine_of_users" in facts:

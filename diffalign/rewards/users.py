@@ -158,14 +158,14 @@ class RewardTaste:
         return torch.stack([self.weights(pairs) for pairs in users])[:, None]
 
     @torch.no_grad()
-    def _margins(self, pairs: Sequence[ExamplePair]) -> Tensor:
+    def _margins(self, pairs: Sequence[ExamplePair]) -> Callable[[Tensor], Tensor]:
         base: Any = self.reward.base
         (text,) = base.text_features([pair.prompt for pair in pairs])
         chosen, rejected = (
-            self.head.prototype_scores(base.embed(images), text.float().cpu())
+            base.embed(images)
             for images in ([p.chosen for p in pairs], [p.rejected for p in pairs])
         )
-        return self.reward.temperature * (chosen - rejected)
+        return self.head.margins(chosen, rejected, text.float().cpu(), self.reward.temperature)
 
     def weights(self, pairs: Sequence[ExamplePair]) -> Tensor:
         """Fit one user, (prototypes,), sums to 1."""

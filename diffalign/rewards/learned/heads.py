@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -203,14 +203,41 @@ class PalHead(nn.Module):
             `Tensor`: (n,).
         """
         items, prototypes = self.by_prototype(image, text)
-        points, scale = pal_b_points(prototypes, weights), self.log_scale.exp().clamp(max=100)
+        return self._scored(items, pal_b_points(prototypes, weights), self.log_scale)
+
+    def _scored(self, items: Tensor, points: Tensor, log_scale: Tensor) -> Tensor:
+        scale = log_scale.exp().clamp(max=100)
         if self.form == "a":
             return -scale * pal_a_distances(items, points)
         return pal_b_scores(items, points, scale=scale)
 
-    def prototype_scores(self, image: Tensor, text: Tensor) -> Tensor:
-        """Score images as a user who is one prototype alone, (n, K)."""
-        count = self.count
-        weights = torch.eye(count, dtype=image.dtype, device=image.device)
-        columns = [self.score(image, text, weights[k].expand(len(image), -1)) for k in range(count)]
-        return torch.stack(columns, 1)
+    @torch.no_grad()
+    def margins(
+        self, first: Tensor, second: Tensor, text: Tensor, temperature: float = 1.0
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function that gives a user's margins of pairs, for `fit_new_user`.
+
+        The function is differentiable in the weights, and in nothing else.
+
+        Args:
+            first, second (`Tensor`): Images of the pairs, (n, d).
+            text (`Tensor`): Their prompts, (n, d).
+            temperature (`float`, *optional*, defaults to `1.0`): Multiplies the
+                margins.
+
+        Returns:
+            `Callable`: Of weights of the prototypes (K,). Returns (n,), float64.
+        """
+        sides = [
+            self.by_prototype(*(v.to(self.logits) for v in (x, text))) for x in (first, second)
+        ]
+        log_scale = self.log_scale.detach().double()
+
+        def margins(weights: Tensor) -> Tensor:
+            scores = [
+                self._scored(items.double(), pal_b_points(points.double(), weights), log_scale)
+                for items, points in sides
+            ]
+            return temperature * (scores[0] - scores[1])
+
+        return margins

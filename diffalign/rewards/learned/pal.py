@@ -7,11 +7,19 @@ the prompt, and the score is a product or a cosine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from ...errors import UserError
+
+Margins: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+"""Margins of a user's pairs. A tensor (pairs, K) has those by each prototype, which the
+weights of a user mix. A function returns those of weights (K,), for scores that are not
+linear in them, such as a cosine."""
 
 
 def user_weights(logits: Tensor) -> Tensor:
@@ -84,8 +92,20 @@ def pal_b_scores(
     return scale * (normalize(items, dim=-1) * normalize(points, dim=-1)).sum(-1)
 
 
+def margins_by(margins: Margins, weights: Tensor) -> Tensor:
+    """Return the margins of pairs for a user's weights of the prototypes, (pairs,).
+
+    Args:
+        margins (`Margins`): See there.
+        weights (`Tensor`): (K,).
+    """
+    if isinstance(margins, Tensor):
+        return margins.to(weights) @ weights
+    return margins(weights)
+
+
 def fit_user(
-    margins: Tensor,
+    margins: Margins,
     labels: Tensor,
     penalty: float = 1.0,
     start: Tensor | None = None,
@@ -97,11 +117,11 @@ def fit_user(
     softmax(v), by L-BFGS.
 
     Args:
-        margins (`Tensor`): Margin of each pair by each prototype, (pairs, K).
+        margins (`Margins`): Of the pairs.
         labels (`Tensor`): 1 if the user prefers the first item, -1 otherwise, (pairs,).
         penalty (`float`, *optional*, defaults to `1.0`): Pull towards `start`.
         start (`Tensor`, *optional*): Logits of a user without pairs, (K,). Defaults to
-            equal weights. See `likely_user`.
+            equal weights, which a function of margins cannot count. See `likely_user`.
         weight (`Tensor` or `float`, *optional*, defaults to `1.0`): How much each pair
             counts, (pairs,) or one.
 
@@ -111,10 +131,12 @@ def fit_user(
     Raises:
         UserError: There are no pairs.
     """
-    if not len(margins):
+    if not len(labels):
         raise UserError("a new user needs at least one decided pair; add votes that are no ties")
-    z, y = margins.double(), labels.double()
-    begin = torch.zeros(z.shape[1], dtype=torch.float64) if start is None else start.double()
+    if start is None:
+        assert isinstance(margins, Tensor)
+        start = torch.zeros(margins.shape[1])
+    begin, y = start.double(), labels.double()
     logits = begin.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -126,7 +148,7 @@ def fit_user(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        value = user_objective(logits, z, y, penalty, begin, weight)
+        value = user_objective(logits, margins, y, penalty, begin, weight)
         value.backward()
         return value
 
@@ -136,24 +158,24 @@ def fit_user(
 
 def user_objective(
     logits: Tensor,
-    margins: Tensor,
+    margins: Margins,
     labels: Tensor,
     penalty: float,
     start: Tensor | float = 0.0,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """What `fit_user` minimises. Arguments as there."""
-    fits = weight * softplus(-labels * (margins @ logits.softmax(0)))
+    fits = weight * softplus(-labels * margins_by(margins, logits.softmax(0)))
     return fits.sum() + penalty / 2 * (logits - start).square().sum()
 
 
 def likely_user(
-    margins: Tensor, labels: Tensor, logits: Tensor, weight: Tensor | float = 1.0
+    margins: Margins, labels: Tensor, logits: Tensor, weight: Tensor | float = 1.0
 ) -> Tensor:
     """Average the known users' logits by how well each explains a new user's pairs.
 
     Args:
-        margins (`Tensor`): Margin of each pair by each prototype, (pairs, K).
+        margins (`Margins`): Of the pairs.
         labels (`Tensor`): 1 or -1, (pairs,).
         logits (`Tensor`): Of the known users, (users, K).
         weight (`Tensor` or `float`, *optional*, defaults to `1.0`): How much each pair
@@ -162,12 +184,12 @@ def likely_user(
     Returns:
         `Tensor`: (K,).
     """
-    by_user = margins @ logits.softmax(1).T.to(margins.dtype)
-    return prototype_posterior(by_user, labels, weight=weight) @ logits.to(margins.dtype)
+    by_user = torch.stack([margins_by(margins, row) for row in logits.double().softmax(1)], 1)
+    return prototype_posterior(by_user, labels, weight=weight) @ logits.to(by_user)
 
 
 def fit_new_user(
-    margins: Tensor,
+    margins: Margins,
     labels: Tensor,
     known: Tensor,
     penalty: float = 1.0,
