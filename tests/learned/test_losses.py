@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError
 from diffalign.rewards.learned import calibration, losses, pal
+from diffalign.rewards.learned.heads import PalHead
 
 
 def t(values: Any) -> Tensor:
@@ -144,6 +145,38 @@ def test_a_new_user_from_a_few_pairs() -> None:
     repeated = pal.fit_new_user(margins[twice], labels[twice], known)
     weighted = pal.fit_new_user(margins, labels, known, weight=t([2, 1, 1]))
     torch.testing.assert_close(weighted, repeated, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["a", "b"])
+def test_a_new_user_is_fitted_to_the_scores_that_the_reward_gives(form: str) -> None:
+    """A cosine with a mixture of points is no mixture of cosines."""
+    torch.manual_seed(0)
+    head = PalHead(4, users=3, prototypes=2, form=form).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        head.log_scale.fill_(1.0)
+    first, second, text = torch.randn(3, 8, 4, dtype=torch.float64)
+    margins, labels = head.margins(first, second, text, 2.0), t([1, -1, 1, 1, -1, 1, 1, -1])
+    weights = t([0.3, 0.7])
+    shares = weights.expand(8, -1)
+    difference = head.score(first, text, shares) - head.score(second, text, shares)
+    torch.testing.assert_close(pal.margins_by(margins, weights), 2 * difference.detach())
+    start = t([0.5, -0.5])
+    logits = pal.fit_user(margins, labels, start=start)
+    grid = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    lowest = min(
+        float(pal.user_objective(torch.stack([a, b]), margins, labels, 1.0, start))
+        for a in grid
+        for b in grid
+    )
+    assert float(pal.user_objective(logits, margins, labels, 1.0, start)) <= lowest + 1e-9
+    assert all(parameter.grad is None for parameter in head.parameters())
+    known = head.logits.detach()
+    likely = pal.likely_user(margins, labels, known)
+    by_user = torch.stack([margins(row) for row in known.softmax(1)], 1)
+    expected = pal.prototype_posterior(by_user, labels) @ known
+    torch.testing.assert_close(likely, expected)
 
 
 def test_pal_b() -> None:
