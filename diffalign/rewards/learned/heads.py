@@ -211,7 +211,6 @@ class PalHead(nn.Module):
             return -scale * pal_a_distances(items, points)
         return pal_b_scores(items, points, scale=scale)
 
-    @torch.no_grad()
     def margins(
         self, first: Tensor, second: Tensor, text: Tensor, temperature: float = 1.0
     ) -> Callable[[Tensor], Tensor]:
@@ -228,14 +227,15 @@ class PalHead(nn.Module):
         Returns:
             `Callable`: Of weights of the prototypes (K,). Returns (n,), float64.
         """
-        sides = [
-            self.by_prototype(*(v.to(self.logits) for v in (x, text))) for x in (first, second)
-        ]
+        sides = []
+        for image in (first, second):
+            items, points = self.by_prototype(image.to(self.logits), text.to(self.logits))
+            sides.append((items.detach().double(), points.detach().double()))
         log_scale = self.log_scale.detach().double()
 
         def margins(weights: Tensor) -> Tensor:
             scores = [
-                self._scored(items.double(), pal_b_points(points.double(), weights), log_scale)
+                self._scored(items, pal_b_points(points, weights), log_scale)
                 for items, points in sides
             ]
             return temperature * (scores[0] - scores[1])
