@@ -252,9 +252,19 @@ def margins_of_scores(scores: Tensor) -> Tensor:
 
 def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
     """Margins of all pairs by every member, (n, members)."""
-    first = head(pairs.base[:, 0], pairs.first, pairs.text)
-    second = head(pairs.base[:, 1], pairs.second, pairs.text)
+    first, second = _both(head, pairs)
     return first - second
+
+
+def member_means(head: RewardHead, pairs: Pairs) -> Tensor:
+    """Scores of both images of all pairs, means over the members, (n, 2)."""
+    return torch.stack([scores.mean(1) for scores in _both(head, pairs)], 1)
+
+
+def _both(head: RewardHead, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Scores of both images of all pairs by every member, (n, members) each."""
+    first = head(pairs.base[:, 0], pairs.first, pairs.text)
+    return first, head(pairs.base[:, 1], pairs.second, pairs.text)
 
 
 def fit_head(

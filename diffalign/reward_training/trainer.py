@@ -50,9 +50,9 @@ from .fit import (
     margins_of,
     margins_of_scores,
     mean_user_scores,
+    member_means,
     pal_margins,
     scale_of,
-    spread_of,
     user_scales,
 )
 from .item_losses import check_opinions
@@ -346,10 +346,10 @@ class RewardTrainer:
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
             if isinstance(head, PalHead):  # without a name the mean user scores
-                affine = scale_of(mean_user_scores(head, train), temperature)
+                plain = mean_user_scores(head, train)
             else:
-                spread = temperature * spread_of(self._margins(head, train))
-                affine = [0.0, max(spread, 1e-6)]
+                plain = member_means(head, train)
+            affine = scale_of(plain, temperature)
         report = measure(
             margins,
             leads,

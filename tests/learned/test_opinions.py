@@ -80,6 +80,8 @@ def test_a_reward_learns_from_it(tmp_path: Path, loss: str, data: Any, hidden: i
     folder = train(tmp_path / "reward", data, loss=loss, hidden=hidden, members=members)
     bright, _, dark = load_scorer(str(folder), device="cpu")(IMAGES, ["prompt 3"] * 3)
     assert bright > dark
+    mean, spread = load_scorer(str(folder), device="cpu").spec.affine  # also of losses with levels
+    assert dark - spread < mean < bright + spread
     report = report_of(folder)
     assert report["reward"]["accuracy"] > max(0.7, report["base"]["accuracy"] + 0.2)
 
