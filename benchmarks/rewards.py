@@ -13,9 +13,9 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 *Labels*: u is the verifier's graded score, a share of the labels of 3,600 pairs is
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
 as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
-(`configs/reward/shapes_clip.yaml`) and its data, from other seeds. *People*: 20
-people give 60 votes each. u is the share of right attributes times 0.8, plus a taste of
-0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
+(`configs/reward/shapes_clip.yaml`) and its data; seed 0 made the shipped one.
+*People*: 20 people give 60 votes each. u is the share of right attributes times 0.8,
+plus a taste of 0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
 other. One reward for all, against PAL with two prototypes, for each person's own u.
 Twelve new people give 2 to 16 votes, on random pairs or each on that of four pairs on
 which the 20 people disagree most by the PAL reward.
