@@ -15,10 +15,10 @@ turned round, with plain likelihood and corrected for it; `shapes-clip` was trai
 as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
 (`configs/reward/shapes_clip.yaml`) and its data; seed 0 made the shipped one.
 *People*: 20 people give 60 votes each. u is the share of right attributes times 0.8,
-plus a taste of 0.3 (or 0.6) for the preferred style for one half of them and minus as much for the
-other. One reward for all, against PAL with two prototypes, for each person's own u.
-Twelve new people give 2 to 16 votes, on random pairs or each on that of four pairs on
-which the 20 people disagree most by the PAL reward.
+plus a taste of 0.3 (or 0.6) for the preferred style for one half of them and minus as
+much for the other. One reward for all, against PAL with two prototypes, for each
+person's own u. Twelve new people give 2 to 16 votes, on random pairs or each on that of
+four pairs on which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or those on
