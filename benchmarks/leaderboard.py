@@ -604,9 +604,10 @@ def verdicts(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def label_points(figure: Any, axes: Any, points: list[tuple[str, float, float]]) -> None:
-    """Write a name beside each point, higher where names would lie on each other."""
+    """Write a name beside each point, higher where it would lie on another text."""
     figure.canvas.draw()
-    renderer, boxes = figure.canvas.get_renderer(), []
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
     for name, x, y in sorted(points, key=lambda point: point[2]):
         text = axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         shift = 4

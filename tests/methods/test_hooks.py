@@ -23,6 +23,8 @@ HOOKS = {
     "prepare",
     "micro_batches",
     "passes_per_batch",
+    "passes_per_group",
+    "drawing_weights",
     "compute_loss",
     "on_optimizer_step",
     "evaluation_metrics",
