@@ -103,8 +103,12 @@ class RewardTrainer:
 
     Example:
         ```python
+        from diffalign import RewardConfig, RewardTrainer, load_scorer
+
         trainer = RewardTrainer(
-            "shapes-clip", RewardConfig(output_dir="rewards/mine"), "votes"
+            model="shapes-clip",  # or another CLIP scorer, or imagereward
+            args=RewardConfig(output_dir="rewards/mine"),
+            train_dataset="diffalign-quickstart/dataset",  # or a folder of votes
         )
         folder = trainer.train()
         scorer = load_scorer(str(folder))

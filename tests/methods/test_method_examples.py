@@ -12,9 +12,10 @@ from tiny import WEIGHTS
 
 import diffalign
 from diffalign.cli import run
+from diffalign.rewards import Scorer
 from diffalign.training.callbacks import TrainerCallback, TrainerControl
 
-TRAINERS = [name for name in diffalign.__all__ if name.endswith("Trainer")]
+TRAINERS = [n for n in diffalign.__all__ if n.endswith("Trainer") and n != "RewardTrainer"]
 RECAPTION = [
     "data", "recaption", "diffalign-quickstart/dataset", "--strategy", "h", "--captioner", "shapes",
     "--perturber", "shapes", "--output_dir", "runs/recaptioned",
@@ -42,6 +43,16 @@ def test_the_example_of_a_trainer_trains(
     assert trainer.state.global_step == trainer.args.max_steps
     weights = WEIGHTS.get(trainer.method, "pytorch_lora_weights")
     assert (trainer.output_dir / f"{weights}.safetensors").is_file()
+
+
+@pytest.mark.nightly
+def test_the_example_of_the_reward_trainer_gives_a_scorer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    made = run_examples(diffalign.RewardTrainer)
+    assert (made["folder"] / "reward.json").is_file()
+    assert isinstance(made["scorer"], Scorer)
 
 
 def test_the_example_of_a_callback_stops_a_run() -> None:
