@@ -293,13 +293,9 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
     found[rows[3]] = [max(agrees, 1 - agrees)]
     logits = pal.logits.detach()
 
-    def margins_for(shares: torch.Tensor, of: Pairs) -> torch.Tensor:
-        rows = shares.expand(len(of), -1)
-        with torch.no_grad():
-            return pal.score(of.first, of.text, rows) - pal.score(of.second, of.text, rows)
-
     pool = trainer._pairs(world.judged(first, second, np.ones(len(first))), world.features)
-    by_person = torch.stack([margins_for(row, pool) for row in logits.softmax(1)], 1)
+    on_pool, on_held_out = (pal.margins(of.first, of.second, of.text) for of in (pool, pairs))
+    by_person = torch.stack([on_pool(row) for row in logits.softmax(1)], 1)
     doubts = disagreement(by_person).numpy()
     for user in newcomers:
         u = utility(user)
@@ -314,9 +310,7 @@ def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
                 shown = asked[:count]
                 margins = pal.margins(pool.first[shown], pool.second[shown], pool.text[shown])
                 person = fit_new_user(margins, signed[shown], logits)
-                share = right_share(
-                    margins_for(person.softmax(0), pairs), u[x] - u[y], world.prompt[x]
-                )
+                share = right_share(on_held_out(person.softmax(0)), u[x] - u[y], world.prompt[x])
                 found.setdefault(f"new person, {count} votes, {name}", []).append(share)
     return {name: float(np.mean(values)) for name, values in found.items()}
 

@@ -138,7 +138,8 @@ class Guardian:
         falls: list[tuple[float, str, Look]] = []
         level = self.level(look)
         for name, now in look.held_out.items():
-            best = max(earlier, key=lambda past: self._mean(past.held_out[name]))
+            means = [_mean(past.held_out[name]) for past in earlier]
+            best = earlier[int(np.argmax(np.nan_to_num(means, nan=-np.inf)))]
             metrics[f"guardian/{name}"] = change_interval(best.held_out[name], now, level)[0]
             for past in earlier:
                 change, _, high = change_interval(past.held_out[name], now, level)
@@ -165,12 +166,7 @@ class Guardian:
 
         NaN if there are none.
         """
-        return float(nanmean(nanmean(after.reward - before.reward)[None])[0])
-
-    @staticmethod
-    def _mean(values: Array) -> float:
-        mean = float(nanmean(nanmean(values)[None])[0])
-        return -math.inf if math.isnan(mean) else mean
+        return _mean(after.reward - before.reward)
 
     def verdict_at(self, step: int) -> Verdict:
         """Repeat the verdict of a step, for a resumed run.
@@ -257,6 +253,11 @@ class Guardian:
         )
         self.looks = [look for look in looks if look.step <= last_step] if fitting else []
         return fitting
+
+
+def _mean(values: Array) -> float:
+    """Average images, then prompts. NaN without a value."""
+    return float(nanmean(nanmean(values)[None])[0])
 
 
 def standardised(columns: Array, base: Array, weights: Sequence[float]) -> Array:

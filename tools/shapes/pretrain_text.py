@@ -12,7 +12,6 @@ CPU cores. The command measures what it samples and writes model, tokenizer,
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from diffalign.errors import ConfigError
 from diffalign.runtime.files import write_atomically
 from diffalign.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+from tools.shapes.options import read_options
 
 EVAL_STEPS = (4, 8, 16, 32)
 """Sampler steps at which the samples are measured."""
@@ -271,15 +271,8 @@ def run(folder: Path, config: TextPretrainConfig) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    for name, value in asdict(TextPretrainConfig()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    options = vars(parser.parse_args(arguments))
-    folder = options.pop("output_dir")
-    run(folder, TextPretrainConfig(**options))
+    folder, config = read_options(TextPretrainConfig, __doc__, arguments)
+    run(folder, config)
     print((folder / "README.md").read_text())
 
 

@@ -21,7 +21,6 @@ It writes ``base/`` (a CLIP that has seen captions and no preference), ``prefere
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
@@ -51,6 +50,7 @@ from diffalign.shapes.prompts import (
 from diffalign.shapes.renderer import RESOLUTION, render
 from diffalign.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 from tools.shapes.captioned_images import token_ids
+from tools.shapes.options import read_options
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -534,15 +534,8 @@ def run(folder: Path, config: RewardDataConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    for name, value in asdict(RewardDataConfig()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    options = vars(parser.parse_args(arguments))
-    folder = options.pop("output_dir")
-    run(folder, RewardDataConfig(**options))
+    folder, config = read_options(RewardDataConfig, __doc__, arguments)
+    run(folder, config)
     print(f"wrote {folder}: base/, preferences/, captions.parquet")
 
 
