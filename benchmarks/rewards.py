@@ -43,8 +43,10 @@ from leaderboard import ROOT, kept
 
 from diffalign.reward_training import RewardConfig, RewardTrainer
 from diffalign.reward_training.features import embed
-from diffalign.reward_training.fit import Pairs, margins_of, pal_margins
+from diffalign.reward_training.fit_head import margins_of
+from diffalign.reward_training.fit_pal import pal_margins
 from diffalign.reward_training.judgements import Judgements
+from diffalign.reward_training.pair_tensors import Pairs
 from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
 from diffalign.rewards.learned.pal import fit_new_user

@@ -19,8 +19,9 @@ from ..runtime.versions import versions
 from .categories import pair_categories
 from .config import RewardConfig
 from .features import pair_nuisances
-from .fit import fit_temperature, make_labels, margins_of_scores, part_loss, scale_of
 from .judgements import Judgements, read_judgements, read_options, split
+from .pair_loss import fit_temperature, margins_of_scores, part_loss, scale_of
+from .pair_tensors import make_labels
 from .report import decided_accuracy, measure, write_report
 
 BETWEEN = (0.25, 0.5, 0.75)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..rewards.learned.losses import label_strength
 from .config import RewardConfig
-from .fit import Pairs, fit_head, margins_of
+from .fit_head import fit_head, margins_of
+from .pair_tensors import Pairs
 
 FOLDS = 5
 MEMBERS = 5

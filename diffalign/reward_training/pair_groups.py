@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..training.loop_config import LoopConfig
 from ..training.row_order import PositionSampler, RowOrder, endless_loader
-from .fit import Labels
 from .judgements import Judgements
+from .pair_tensors import Labels
 
 MOST_IMAGES = 8
 

@@ -22,7 +22,7 @@ from ..rewards.learned.calibration import (
 from ..rewards.learned.losses import explained_share, nuisance_correlations
 from ..runtime.files import save_image, write_atomically
 from .features import NUISANCES
-from .fit import Labels
+from .pair_tensors import Labels
 
 REPORT = "report.json"
 BINS = 10

@@ -40,9 +40,10 @@ from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, finish_trackers, start_trackers
 from .captions import CaptionData
 from .config import RewardConfig
-from .fit import fit_scale, fit_temperature, label_loss, make_labels, margins_of_scores, part_loss
 from .judgements import Judgements
 from .pair_groups import PairBatch, PairData
+from .pair_loss import fit_scale, fit_temperature, label_loss, margins_of_scores, part_loss
+from .pair_tensors import make_labels
 from .report import decided_accuracy, hits_of
 from .tower_network import BestStep, TowerNetwork, TowerWeights
 

@@ -40,21 +40,8 @@ from .captions import CaptionData
 from .categories import pair_categories
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
-from .fit import (
-    Pairs,
-    fit_head,
-    fit_pal,
-    fit_temperature,
-    make_items,
-    make_pairs,
-    margins_of,
-    margins_of_scores,
-    mean_user_scores,
-    member_means,
-    pal_margins,
-    scale_of,
-    user_scales,
-)
+from .fit_head import fit_head, margins_of, member_means
+from .fit_pal import fit_pal, mean_user_scores, pal_margins, user_scales
 from .item_losses import check_opinions
 from .judgements import (
     Judgements,
@@ -65,6 +52,8 @@ from .judgements import (
     split,
 )
 from .label_strength import strengthen
+from .pair_loss import fit_temperature, margins_of_scores, scale_of
+from .pair_tensors import Pairs, make_items, make_pairs
 from .report import accuracy, measure, write_report
 from .tower_network import check_trainable
 from .tower_run import TowerRun

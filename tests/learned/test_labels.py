@@ -12,8 +12,9 @@ from judged import config, report_of, rows
 
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer
-from diffalign.reward_training.fit import Pairs, fit_head, margins_of
+from diffalign.reward_training.fit_head import fit_head, margins_of
 from diffalign.reward_training.label_strength import FLIPPED, strengthen, unseen_margins
+from diffalign.reward_training.pair_tensors import Pairs
 from diffalign.rewards.scorers.trained import read_facts
 
 PROMPTS, PER_PROMPT, DIM = 60, 6, 6

@@ -18,9 +18,10 @@ from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
 from diffalign.reward_training.categories import pair_categories
 from diffalign.reward_training.features import Features, embed
-from diffalign.reward_training.fit import Labels, fit_temperature, make_items
 from diffalign.reward_training.judgements import read_judgements, split
 from diffalign.reward_training.opinions import Opinions
+from diffalign.reward_training.pair_loss import fit_temperature
+from diffalign.reward_training.pair_tensors import Labels, make_items
 from diffalign.reward_training.report import card, measure
 from diffalign.rewards.learned.calibration import expected_calibration_error
 from diffalign.rewards.users import ExamplePair, embed_users, load_user_embedder

@@ -21,9 +21,9 @@ from diffalign import TrainerCallback, load_scorer
 from diffalign.cli.entry import run
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardTrainer, average_rewards
-from diffalign.reward_training.fit import make_labels
 from diffalign.reward_training.judgements import read_judgements
 from diffalign.reward_training.pair_groups import MOST_IMAGES, PairData, make_groups
+from diffalign.reward_training.pair_tensors import make_labels
 from diffalign.reward_training.tower_network import TowerNetwork
 from diffalign.rewards.learned.losses import anchor_loss
 from diffalign.rewards.learned.tower_weights import trained_state

@@ -19,8 +19,10 @@ from diffalign import load_scorer
 from diffalign.cli.entry import run
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer, add_user
-from diffalign.reward_training.fit import PENALTIES, Pairs, taste_logits
+from diffalign.reward_training.fit_head import PENALTIES
+from diffalign.reward_training.fit_pal import taste_logits
 from diffalign.reward_training.judgements import agreement_note, read_judgements, split
+from diffalign.reward_training.pair_tensors import Pairs
 from diffalign.rewards.learned.heads import RewardHead
 
 
