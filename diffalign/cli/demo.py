@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ask_reward",
         type=Path,
-        help="an ensemble of diffalign reward train (train.members), or a reward with users "
-        "(train.head: pal): of four pairs, the one on which its members or users disagree most is "
-        "voted on",
+        help="a reward of diffalign reward train: of eight pairs, the one whose vote would teach "
+        "it most is voted on. An ensemble with hidden layers and a reward with users "
+        "(train.head: pal) choose the one on which members or users disagree most",
     )
     parser.add_argument(
         "--gallery_dir",

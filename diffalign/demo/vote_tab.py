@@ -5,6 +5,7 @@ Every vote is on disk before the next pair comes.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import uuid
@@ -48,8 +49,11 @@ document.addEventListener("keydown", (event) => {
 
 LEAST_PAIRS, MOST_PAIRS = 4, 16
 """How many votes make a visitor's taste."""
-CANDIDATES = 4
-"""Pairs of which the one with the most doubt is shown."""
+PROMPTS = 2
+"""Prompts that are drawn with two seeds and both models, where a reward chooses among
+their pairs."""
+CANDIDATES = 8
+"""Pairs of a round among which a reward chooses."""
 
 
 class Voting:
@@ -63,8 +67,7 @@ class Voting:
         store (`VoteStore`): Stores the votes. A `RoundVotes` also gives the pairs.
         prompts (`Sequence[str]`): Prompts to draw.
         pair (`tuple[str, str]`): Names of the two models, the base first.
-        doubt (`Doubt`, *optional*): Chooses among `CANDIDATES` pairs. None takes the
-            first.
+        doubt (`Doubt`, *optional*): Chooses among several pairs. None takes any.
 
     Raises:
         UserError: There is nothing to vote on.
@@ -104,39 +107,53 @@ class Voting:
         Returns:
             `Pair`, or None when there is none left.
         """
-        count = 1 if self.doubt is None else CANDIDATES
-        drawn = [self._candidate(annotator) for _ in range(count)]
-        pairs = [pair for pair in drawn if pair is not None]
-        pair = self.doubt.choose(pairs) if self.doubt is not None and pairs else drawn[0]
+        if isinstance(self.store, RoundVotes):
+            count = 1 if self.doubt is None else CANDIDATES
+            pairs = self.store.candidates(annotator, random.Random(), count)
+        elif self.doubt is None:
+            pairs = self._drawn(1)
+        else:
+            pairs = [pair for _ in range(PROMPTS) for pair in self._drawn(2)]
+        pair = pairs[0] if pairs else None
+        if self.doubt is not None and pairs:
+            pair = self.doubt.choose(pairs)
         self.pending.put(visitor, pair)
         return pair
 
-    def _candidate(self, annotator: object) -> Pair | None:
-        if isinstance(self.store, RoundVotes):
-            return self.store.next(annotator, random.Random())
-        return self._drawn()
-
-    def _drawn(self) -> Pair:
+    def _drawn(self, seeds: int) -> list[Pair]:
+        """Draw a random prompt with both models. Returns all pairs of their images."""
         rng = random.SystemRandom()
-        prompt, seed = rng.choice(self.prompts), rng.randrange(self.engine.limits.seed)
-        base = self.engine.defaults(self.models[0])
-        image_request = self.engine.read(
-            prompt[: self.engine.limits.prompt_chars],
-            seed,
-            base["num_inference_steps"],
-            base["guidance_scale"],
-        )
-        sides = list(self.models)
-        rng.shuffle(sides)
-        images = [self.engine.draw(name, image_request) for name in sides]
-        facts = {"seed": seed, **image_request.settings, "models": self._weights()}
-        return Pair(
-            uuid.uuid4().hex,
-            image_request.prompt,
-            (images[0], images[1]),
-            (sides[0], sides[1]),
-            facts,
-        )
+        prompt, base = rng.choice(self.prompts), self.engine.defaults(self.models[0])
+        drawn: dict[str, list[tuple[int, Image.Image]]] = {name: [] for name in self.models}
+        for seed in rng.sample(range(self.engine.limits.seed), seeds):
+            image_request = self.engine.read(
+                prompt[: self.engine.limits.prompt_chars],
+                seed,
+                base["num_inference_steps"],
+                base["guidance_scale"],
+            )
+            # Either model may be drawn first, so that time tells nothing.
+            for name in rng.sample(self.models, 2):
+                drawn[name].append((seed, self.engine.draw(name, image_request)))
+        pairs = []
+        for two in itertools.product(*drawn.values()):
+            sides = list(zip(self.models, two, strict=True))
+            rng.shuffle(sides)
+            (left, (left_seed, left_image)), (right, (right_seed, right_image)) = sides
+            of_seeds = {"seed": left_seed, "right_seed": right_seed}
+            if left_seed == right_seed:
+                del of_seeds["right_seed"]
+            facts = {**of_seeds, **image_request.settings, "models": self._weights()}
+            pairs.append(
+                Pair(
+                    uuid.uuid4().hex,
+                    image_request.prompt,
+                    (left_image, right_image),
+                    (left, right),
+                    facts,
+                )
+            )
+        return pairs
 
     def _weights(self) -> dict[str, str]:
         """Return the fingerprints of both models by their names."""

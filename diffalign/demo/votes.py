@@ -255,28 +255,47 @@ class RoundVotes(VoteStore):
         Returns:
             `Pair`, or None when there is none left.
         """
+        pairs = self.candidates(annotator, rng, 1)
+        return pairs[0] if pairs else None
+
+    def candidates(self, annotator: object, rng: random.Random, count: int) -> list[Pair]:
+        """Return pairs that this annotator has not judged, all with the fewest votes.
+
+        Args:
+            annotator: The name that the visitor gave.
+            rng (`random.Random`): Chooses among them.
+            count (`int`): How many at most.
+        """
         who = read_annotator(annotator)
         with self._lock:
             votes = [(frozenset((v["image_a"], v["image_b"])), v["annotator"]) for v in self.votes]
         judged = {pair for pair, name in votes if name == who}
-        count = Counter(pair for pair, _ in votes)
+        votes_on = Counter(pair for pair, _ in votes)
         open_pairs = [pair for pair in self._pairs() if pair.ids not in judged]
+        chosen: list[Pair] = []
         while open_pairs := [pair for pair in open_pairs if not pair.ids & self._unreadable]:
-            fewest = min(count[pair.ids] for pair in open_pairs)
-            pair = rng.choice([pair for pair in open_pairs if count[pair.ids] == fewest])
-            sides = list(pair.sides)
-            rng.shuffle(sides)
-            images = [self._image(side) for side in sides]
-            if images[0] is not None and images[1] is not None:
-                names = (sides[0]["id"], sides[1]["id"])
-                return Pair(
-                    f"{rng.getrandbits(64):016x}",
-                    pair.prompt,
-                    (images[0], images[1]),
-                    names,
-                    {},
-                )
-        return None
+            fewest = min(votes_on[pair.ids] for pair in open_pairs)
+            level = [pair for pair in open_pairs if votes_on[pair.ids] == fewest]
+            rng.shuffle(level)
+            for pair in level:
+                shown = self._shown(pair, rng)
+                chosen += [] if shown is None else [shown]
+                if len(chosen) == count:
+                    return chosen
+            if chosen:
+                break
+            # None of them can be opened. The next have more votes.
+        return chosen
+
+    def _shown(self, pair: _OpenPair, rng: random.Random) -> Pair | None:
+        """Open both images, sides shuffled. None if one cannot be opened."""
+        sides = list(pair.sides)
+        rng.shuffle(sides)
+        images = [self._image(side) for side in sides]
+        if images[0] is None or images[1] is None:
+            return None
+        names = (sides[0]["id"], sides[1]["id"])
+        return Pair(f"{rng.getrandbits(64):016x}", pair.prompt, (images[0], images[1]), names, {})
 
     def _pairs(self) -> Iterator[_OpenPair]:
         """Yield every pair of images of one prompt in this round."""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..rewards.learned.heads import RewardHead, pair_features
+from ..rewards.learned.information import label_information, posterior_covariance
 from ..rewards.learned.losses import rao_kupper_loss
 from .config import RewardConfig
-from .item_losses import ItemLoss, item_loss
+from .item_losses import ItemLoss, check_opinions, item_loss
 from .pair_loss import fit_scale, label_loss, nuisance_penalty, part_loss
 from .pair_tensors import Items, Pairs
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""The strongest leave little more than the base, which is best where pairs are few."""
+FOLDS = 5
+MOST_FOLDED = 2000
+"""Most pairs whose penalty is chosen by cross-validation. With more of them the
+validation pairs are enough."""
 LOOK_EVERY = 20
 """Steps between two looks at the validation pairs."""
 STEPS = 400
@@ -39,47 +47,152 @@ def _both(head: RewardHead, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def fit_head(
-    train: Pairs, val: Pairs, config: RewardConfig, items: Items | None = None
+    train: Pairs,
+    val: Pairs,
+    config: RewardConfig,
+    items: Items | None = None,
+    groups: Tensor | None = None,
 ) -> tuple[RewardHead, dict[str, float]]:
     """Fit heads.
 
-    A linear head is fitted by L-BFGS, which is exact and needs no seed. One with a
-    hidden layer takes Adam's steps, and the step with the best validation loss counts.
+    A linear head is fitted by L-BFGS, which is exact and needs no seed. Few pairs
+    choose its penalty by cross-validation over prompts, since a tenth of them says
+    nothing. A head with a hidden layer takes Adam's steps, and the step with the best
+    validation loss counts.
 
     Args:
         train (`Pairs`): Pairs to fit.
-        val (`Pairs`): Pairs that choose penalty and step.
+        val (`Pairs`): Pairs that choose the step, and the penalty where there are many.
         config (`RewardConfig`): The settings.
         items (`Items`, *optional*): Opinions to fit in place of `train`, with a
             `config.loss` of theirs.
+        groups (`Tensor`, *optional*): Group of each prompt, (prompts,). Prompts of one
+            group are equal or share an image, see `connected`. None takes each prompt
+            for a group.
 
     Returns:
         `tuple[RewardHead, dict]`: The head, and what was chosen.
     """
-    dim = train.first.shape[1]
-    thresholds: list[float] = []
     candidates = [config.l2] if config.l2 is not None else list(PENALTIES)
-    best: tuple[float, RewardHead, float] | None = None
+    if len(candidates) > 1 and not config.hidden and len(train) <= MOST_FOLDED:
+        folded = _cross_validated(train, config, items, groups)
+        candidates = candidates if folded is None else [folded]
+    best: tuple[float, RewardHead, float, list[float]] | None = None
     for penalty in candidates:
-        torch.manual_seed(config.seed)
-        quantiles = config.loss == "quantiles"
-        joint = not train.text.shape[1]
-        head = RewardHead(dim, config.members, config.hidden, quantiles, joint).double()
-        _standardise(head, train)
-        tried = [
-            _fit_member(head, member, train, val, penalty, config, items)
-            for member in range(config.members)
-        ]
-        with torch.no_grad():
-            margins = margins_of(head, val).mean(1)
-        loss = _validation_loss(margins, val, config)
+        head, thresholds = _fit(train, val, penalty, config, items)
+        loss = _held_out_loss(head, val, config)
         if best is None or loss < best[0]:
-            best, thresholds = (loss, head, penalty), tried
+            best = loss, head, penalty, thresholds
     assert best is not None
     chosen = {"validation_loss": best[0], "l2": best[2]}
     if config.ties == "rao_kupper":
-        chosen["tie_threshold"] = sum(thresholds) / len(thresholds)
+        chosen["tie_threshold"] = sum(best[3]) / len(best[3])
     return best[1], chosen
+
+
+def _fit(
+    train: Pairs, val: Pairs, penalty: float, config: RewardConfig, items: Items | None
+) -> tuple[RewardHead, list[float]]:
+    """Fit a head by one penalty. Returns the thresholds of ties of its members, too."""
+    torch.manual_seed(config.seed)
+    quantiles = config.loss == "quantiles"
+    joint = not train.text.shape[1]
+    head = RewardHead(
+        train.first.shape[1], config.members, config.hidden, quantiles, joint
+    ).double()
+    _standardise(head, train)
+    thresholds = [
+        _fit_member(head, member, train, val, penalty, config, items)
+        for member in range(config.members)
+    ]
+    return head, thresholds
+
+
+@torch.no_grad()
+def weight_covariance(
+    head: RewardHead, train: Pairs, config: RewardConfig, penalty: float
+) -> Tensor | None:
+    """Return how uncertain the weights of a head are, by the curvature of its loss.
+
+    Args:
+        head (`RewardHead`): The fitted head.
+        train (`Pairs`): The pairs that it was fitted to.
+        config (`RewardConfig`): The settings.
+        penalty (`float`): The pull that was chosen.
+
+    Returns:
+        `Tensor`: Of the weights that `RewardHead.directions` is about, (1 + width, 1 +
+        width). None for hidden layers and for losses of single images.
+    """
+    if config.hidden or config.loss != "pairs":
+        return None
+    sides = (train.base[:, 0], train.first), (train.base[:, 1], train.second)
+    first, second = (head.directions(base, image, train.text) for base, image in sides)
+    margins = margins_of(head, train).mean(1)
+    information = train.weight * label_information(margins, config.flip_rate)
+    # The loss is a mean, the penalty is not. The factor has the prior of `fit_scale`.
+    prior = torch.full_like(first[0], max(2 * penalty * len(train), 1e-6))
+    prior[0] = 1.0
+    return posterior_covariance(first - second, information, prior)
+
+
+def folds_of(groups: Tensor, seed: int) -> Tensor:
+    """Spread groups over `FOLDS` folds.
+
+    Args:
+        groups (`Tensor`): Group of each pair, (n,).
+        seed (`int`): Seed of the order.
+
+    Returns:
+        `Tensor`: Fold of each pair, (n,). Fewer groups make fewer folds.
+    """
+    names, place = groups.unique(return_inverse=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    fold_of = torch.empty(len(names), dtype=torch.long)
+    fold_of[order] = torch.arange(len(names)) % FOLDS
+    return fold_of[place]
+
+
+def _cross_validated(
+    train: Pairs, config: RewardConfig, items: Items | None, groups: Tensor | None
+) -> float | None:
+    """Return the penalty that suits prompts which were not fitted best. None if there
+    are too few prompts.
+    """
+    one = dataclasses.replace(config, members=1)
+    names = train.prompt if groups is None else groups[train.prompt]
+    fold = folds_of(names, config.seed)
+    losses, weight = torch.zeros(len(PENALTIES), dtype=torch.float64), 0.0
+    for number in fold.unique().tolist():
+        held_out = fold == number
+        left = None
+        if items is not None:
+            apart = torch.isin(items.prompt, train.prompt[held_out].unique())
+            left = items.rows(~apart)
+        if bool(held_out.all()) or not can_fit(config.loss, left):
+            continue
+        fitted, tested = train.rows(~held_out), train.rows(held_out)
+        share = float(tested.weight.sum())
+        for i, penalty in enumerate(PENALTIES):
+            head, _ = _fit(fitted, tested, penalty, one, left)
+            losses[i] += share * _held_out_loss(head, tested, config)
+        weight += share
+    return PENALTIES[int(losses.argmin())] if weight else None
+
+
+def can_fit(kind: str, items: Items | None) -> bool:
+    """Whether the opinions of a fold, if there are any, suit a loss."""
+    try:
+        if items is not None:
+            check_opinions(kind, items.opinions)
+    except UserError:
+        return False
+    return True
+
+
+def _held_out_loss(head: RewardHead, pairs: Pairs, config: RewardConfig) -> float:
+    with torch.no_grad():
+        return _validation_loss(margins_of(head, pairs).mean(1), pairs, config)
 
 
 def _validation_loss(margins: Tensor, val: Pairs, config: RewardConfig) -> float:

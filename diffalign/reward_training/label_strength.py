@@ -14,10 +14,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..rewards.learned.losses import label_strength
 from .config import RewardConfig
-from .fit_head import fit_head, margins_of
+from .fit_head import FOLDS, fit_head, folds_of, margins_of
 from .pair_tensors import Pairs
 
-FOLDS = 5
 MEMBERS = 5
 FLIPPED = 0.1
 """Largest share of labels that are flipped."""
@@ -33,8 +32,8 @@ def strengthen(
     Args:
         train (`Pairs`): The pairs to train on.
         val (`Pairs`): Pairs that choose the penalty.
-        groups (`Tensor`): Group of each pair, (n,). Prompts of one group are equal or
-            share an image, see `connected`.
+        groups (`Tensor`): Group of each prompt, (prompts,). Prompts of one group are
+            equal or share an image, see `connected`.
         config (`RewardConfig`): Settings of the heads.
 
     Returns:
@@ -72,27 +71,21 @@ def unseen_margins(train: Pairs, val: Pairs, groups: Tensor, config: RewardConfi
     Returns:
         `Tensor`: First image minus second, (n, members).
     """
-    names = groups.unique()
-    if len(names) < FOLDS:
+    group = groups[train.prompt]
+    count = len(group.unique())
+    if count < FOLDS:
         raise UserError(
-            f"train.label_strength: {len(names)} training prompts with images of their own are too "
+            f"train.label_strength: {count} training prompts with images of their own are too "
             f"few, it needs {FOLDS}; set it to false"
         )
     plain = dataclasses.replace(config, label_strength=False, members=1)
-    _, chosen = fit_head(train, val, plain)
+    _, chosen = fit_head(train, val, plain, groups=groups)
     several = dataclasses.replace(plain, members=MEMBERS, l2=chosen["l2"])
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
-    fold_of = torch.empty(int(names.max()) + 1, dtype=torch.long)
-    fold_of[names[order]] = torch.arange(len(names)) % FOLDS
-    fold = fold_of[groups]
+    fold = folds_of(group, config.seed)
     margins = train.base.new_empty(len(train), MEMBERS)
     for number in range(FOLDS):
-        head, _ = fit_head(_rows(train, fold != number), val, several)
+        head, _ = fit_head(train.rows(fold != number), val, several)
         held_out = fold == number
         with torch.no_grad():
-            margins[held_out] = margins_of(head, _rows(train, held_out))
+            margins[held_out] = margins_of(head, train.rows(held_out))
     return margins
-
-
-def _rows(pairs: Pairs, rows: Tensor) -> Pairs:
-    return Pairs(**{name: values[rows] for name, values in vars(pairs).items()})

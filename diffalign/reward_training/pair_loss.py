@@ -54,6 +54,13 @@ def part_loss(margins: Tensor, pairs: Labels, config: RewardConfig) -> Tensor:
 
 
 def nuisance_penalty(margins: Tensor, pairs: Pairs, config: RewardConfig) -> Tensor | float:
+    """Return the weighted sum of the squared correlations with the nuisances.
+
+    Args:
+        margins (`Tensor`): (n,).
+        pairs (`Pairs`): n pairs.
+        config (`RewardConfig`): Its `nuisance` is the weight.
+    """
     if not config.nuisance:
         return 0.0
     correlations = nuisance_correlations(margins, pairs.nuisances)

@@ -53,6 +53,10 @@ class Pairs(Labels):
     base: Tensor
     nuisances: Tensor
 
+    def rows(self, rows: Tensor) -> Pairs:
+        """Return some of the pairs, by a mask (n,) or by numbers."""
+        return Pairs(**{name: values[rows] for name, values in vars(self).items()})
+
 
 @dataclass
 class Items:
@@ -73,6 +77,12 @@ class Items:
     base: Tensor
     weight: Tensor
     prompt: Tensor
+
+    def rows(self, rows: Tensor) -> Items:
+        """Return some of the opinions, by a mask (n,)."""
+        tensors = ("image", "text", "base", "weight", "prompt")
+        taken = {name: getattr(self, name)[rows] for name in tensors}
+        return Items(self.opinions.rows(rows.numpy()), **taken)
 
 
 def make_items(

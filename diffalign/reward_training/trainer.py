@@ -19,6 +19,7 @@ from ..rewards.learned.tower_weights import TOWERS, lora_facts, trained_state
 from ..rewards.registry import find_class, load_scorer
 from ..rewards.scorers.clip import ClipScorer
 from ..rewards.scorers.trained import (
+    COVARIANCE,
     EVERYBODY,
     FILE,
     FORMAT,
@@ -40,7 +41,7 @@ from .captions import CaptionData
 from .categories import pair_categories
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
-from .fit_head import fit_head, margins_of, member_means
+from .fit_head import fit_head, margins_of, member_means, weight_covariance
 from .fit_pal import fit_pal, mean_user_scores, pal_margins, user_scales
 from .item_losses import check_opinions
 from .judgements import (
@@ -314,10 +315,9 @@ class RewardTrainer:
         cache = Path(args.cache) if args.cache else None
         features = embed(self.base, self.judgements, cache)
         train, val = (self._pairs(self.parts[name], features) for name in ("train", "val"))
+        groups = torch.from_numpy(connected(self.parts["train"]))
         counts: dict[str, float] = {}
         if args.label_strength:
-            part = self.parts["train"]
-            groups = torch.from_numpy(connected(part)[part.prompt])
             train, counts = strengthen(train, val, groups, args)
         head: RewardHead | PalHead
         if args.head == "pal":
@@ -327,7 +327,7 @@ class RewardTrainer:
             if args.loss != "pairs":
                 opinions = self.parts["train"].opinions
                 items = make_items(opinions, features, self._score, args.prompt_weights)
-            head, chosen = fit_head(train, val, args, items)
+            head, chosen = fit_head(train, val, args, items, groups)
         if self.held_out is self.parts.get("test"):
             test = self._pairs(self.held_out, features)
         else:
@@ -363,7 +363,10 @@ class RewardTrainer:
         facts["affine"] = affine
         if isinstance(head, PalHead):
             facts["affine_of_users"] = user_scales(head, train, self.judgements.users, temperature)
-        self._write(head, facts, report)
+        covariance = None
+        if isinstance(head, RewardHead):
+            covariance = weight_covariance(head, train, args, chosen["l2"])
+        self._write(head, facts, report, covariance)
         return self.folder
 
     def _train_towers(self) -> Path:
@@ -498,11 +501,19 @@ class RewardTrainer:
         }
 
     def _write(
-        self, head: RewardHead | PalHead, facts: dict[str, Any], report: dict[str, Any]
+        self,
+        head: RewardHead | PalHead,
+        facts: dict[str, Any],
+        report: dict[str, Any],
+        covariance: Tensor | None,
     ) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(self.folder) as temporary:
             _write_head(head, temporary)
+            if covariance is not None:
+                save_tensors(
+                    {"covariance": covariance.float().contiguous()}, temporary / COVARIANCE
+                )
             write_facts(temporary, facts)
             write_report(temporary, report, facts)
 

@@ -16,13 +16,14 @@ from diffalign.evaluation.compare import read_models
 from diffalign.reward_training import RewardTrainer
 from diffalign.rewards import load_scorer
 from diffalign.rewards.learned.calibration import disagreement
+from diffalign.rewards.scorers.trained import COVARIANCE
 from diffalign.shapes import lora_dir
 from diffalign.shapes.prompts import train_prompts
 
 pytest.importorskip("gradio")
 from diffalign.demo.doubt import Doubt
 from diffalign.demo.engine import Engine
-from diffalign.demo.vote_tab import CANDIDATES, Voting
+from diffalign.demo.vote_tab import PROMPTS, Voting
 from diffalign.demo.votes import Pair, VoteStore
 
 
@@ -42,11 +43,10 @@ def test_disagreement() -> None:
 
 
 def test_the_pair_of_most_doubt_is_chosen(ensemble: Path) -> None:
+    (ensemble / COVARIANCE).rename(ensemble / "aside")  # as earlier versions wrote it
     doubt = Doubt(ensemble, "cpu")
-    pairs = []
-    for i, (left, right) in enumerate([(120, 121), (200, 60), (90, 90), (255, 0)]):
-        images = picture(left, i, 64), picture(right, 50 + i, 64)
-        pairs.append(Pair(str(i), "a small red circle", images, ("a", "b"), {}))
+    (ensemble / "aside").rename(ensemble / COVARIANCE)
+    pairs = four_pairs()
     margins = []
     for pair in pairs:
         scores = doubt.scorer.member_scores(list(pair.images), [pair.prompt] * 2)
@@ -56,6 +56,50 @@ def test_the_pair_of_most_doubt_is_chosen(ensemble: Path) -> None:
     best = int(disagreement(torch.stack(margins)).argmax())
     random.Random(0).shuffle(pairs)
     assert doubt.choose(pairs).id == str(best)
+
+
+def four_pairs() -> list[Pair]:
+    pairs = []
+    for i, (left, right) in enumerate([(120, 121), (200, 60), (90, 90), (255, 0)]):
+        images = picture(left, i, 64), picture(right, 50 + i, 64)
+        pairs.append(Pair(str(i), "a small red circle", images, ("a", "b"), {}))
+    return pairs
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.2])
+def test_the_most_informative_pair_is_chosen(tmp_path: Path, flip_rate: float) -> None:
+    args = config(tmp_path / "one", l2=1e-2, flip_rate=flip_rate)
+    doubt = Doubt(RewardTrainer("shapes-clip", args, rows(40)).train(), "cpu")
+    assert doubt.covariance is not None
+    before, pairs = doubt.covariance, four_pairs()
+    twice = picture(90, 2, 64)
+    pairs[2] = Pair("2", "a small red circle", (twice, twice), ("a", "b"), {})
+    images = [image for pair in pairs for image in pair.images]
+    scores, directions = doubt.scorer.directions(images, [pair.prompt for pair in pairs] * 2)
+    again = doubt.scorer(images, [pair.prompt for pair in pairs] * 2)
+    assert torch.allclose(doubt.scorer.temperature * scores, again.double(), atol=1e-4)
+
+    def gains(covariance: torch.Tensor) -> torch.Tensor:
+        """By determinants: what a label takes from the logarithm of the volume."""
+        rows = []
+        for i in range(len(pairs)):
+            margin, g = scores[2 * i] - scores[2 * i + 1], directions[2 * i] - directions[2 * i + 1]
+            p = torch.sigmoid(margin)
+            q = flip_rate + (1 - 2 * flip_rate) * p
+            seen = ((1 - 2 * flip_rate) * p * (1 - p)) ** 2 / (q * (1 - q))
+            precision = covariance.inverse() + seen * g.outer(g)
+            rows.append((precision.logdet() + covariance.logdet()) / 2)
+        return torch.stack(rows)
+
+    first = doubt.choose(pairs)
+    assert first.id == str(int(gains(before).argmax())) and float(gains(before).max()) > 0
+    assert not torch.equal(doubt.covariance, before)
+    assert gains(doubt.covariance)[int(first.id)] < gains(before)[int(first.id)]
+    # The same image twice teaches nothing.
+    assert gains(before)[2].abs() < gains(before).max() * 1e-6
+    (tmp_path / "one" / COVARIANCE).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="is damaged"):
+        Doubt(tmp_path / "one")
 
 
 def test_voting_asks_about_it(ensemble: Path, tmp_path: Path) -> None:
@@ -71,15 +115,16 @@ def test_voting_asks_about_it(ensemble: Path, tmp_path: Path) -> None:
     doubt = Recorded(ensemble, "cpu")
     voting = Voting(engine, store, train_prompts()[:4], ("base", "tuned"), doubt)
     pair = voting.new_pair("visitor", "ann")
-    assert pair is not None and shown == [CANDIDATES]
+    assert pair is not None and shown == [4 * PROMPTS] and set(pair.sides) == {"base", "tuned"}
     assert voting.vote("visitor", pair.id, "left", "ann") and len(store.votes) == 1
+    assert store.rate("base", "tuned")[0] == 1 and isinstance(store.votes[0]["seed"], int)
 
 
 def test_rewards_that_cannot_disagree(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no reward"):
         Doubt(tmp_path)
-    RewardTrainer("shapes-clip", config(tmp_path / "one"), rows(40)).train()
-    with pytest.raises(UserError, match="cannot disagree"):
+    RewardTrainer("shapes-clip", config(tmp_path / "one", hidden=4), rows(40)).train()
+    with pytest.raises(UserError, match="does not say how sure it is"):
         Doubt(tmp_path / "one")
 
 

@@ -18,6 +18,7 @@ from diffalign.reward_training.pair_tensors import Pairs
 from diffalign.rewards.scorers.trained import read_facts
 
 PROMPTS, PER_PROMPT, DIM = 60, 6, 6
+EACH = torch.arange(PROMPTS)  # a group of its own
 
 
 def made(seed: int, threshold: float = 1.0) -> tuple[Pairs, torch.Tensor]:
@@ -56,7 +57,7 @@ def test_wrong_labels_are_flipped() -> None:
     wrong = torch.rand(len(true), generator=torch.Generator().manual_seed(5)) < FLIPPED
     pairs.label = torch.where(wrong, 1 - pairs.label, pairs.label)
     given = pairs.label.clone()
-    changed, counts = strengthen(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
+    changed, counts = strengthen(pairs, made(1)[0], EACH, settings(label_strength=True))
     assert torch.equal(pairs.label, given) and not pairs.margin.any()
     flipped = (changed.label == 1 - given) & ((changed.label == 0) | (changed.label == 1))
     assert counts["flipped"] == flipped.sum() <= FLIPPED * len(true) + 1
@@ -70,10 +71,10 @@ def test_wrong_labels_are_flipped() -> None:
 def test_a_label_does_not_judge_itself() -> None:
     """Other labels of a prompt change nothing in its own margins."""
     pairs, _ = made(0)
-    before = unseen_margins(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
+    before = unseen_margins(pairs, made(1)[0], EACH, settings(label_strength=True))
     mine = pairs.prompt == 7
     pairs.label = torch.where(mine, 1 - pairs.label, pairs.label)
-    after = unseen_margins(pairs, made(1)[0], pairs.prompt, settings(label_strength=True))
+    after = unseen_margins(pairs, made(1)[0], EACH, settings(label_strength=True))
     assert torch.equal(before[mine], after[mine])
     assert not torch.equal(before[~mine], after[~mine])
 

@@ -96,6 +96,21 @@ class RewardHead(nn.Module):
         centred = (base - self.get_buffer("base_mean"))[:, None]
         return (self.log_factor.exp() * centred)[..., None] + added
 
+    def directions(self, base: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        """Return the gradient of a linear head's score by its weights.
+
+        The weights are the logarithm of the factor, and those of the features. The
+        factor is the members' mean.
+
+        Args:
+            base, image, text (`Tensor`): As for `forward`.
+
+        Returns:
+            `Tensor`: (n, 1 + width).
+        """
+        scaled_base = self.log_factor.exp().mean() * (base - self.get_buffer("base_mean"))
+        return torch.cat([scaled_base[:, None], self.scaled(image, text)], 1)
+
     def quantiles(
         self, base: Tensor, image: Tensor, text: Tensor, levels: Sequence[float]
     ) -> Tensor:

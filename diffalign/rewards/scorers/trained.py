@@ -25,7 +25,7 @@ from ..model_scorer import ModelScorer
 from ..scoring import ScoreResult
 from ..spec import ScorerSpec
 
-FILE, WEIGHTS = "reward.json", "head.safetensors"
+FILE, WEIGHTS, COVARIANCE = "reward.json", "head.safetensors", "covariance.safetensors"
 COMBINE = ("mean", "min", "mean_minus_std")
 FORMAT = 1
 _TOGETHER = 32
@@ -291,6 +291,48 @@ class TrainedReward(ModelScorer):
             raise UserError(f"{self.folder} has no members; only heads on frozen towers have some")
         base, image, text = self._features(images, list(prompts))
         return self.temperature * self.members(image, text, base).cpu()
+
+    @torch.no_grad()
+    def directions(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return what the weights of a linear head do to the scores of images.
+
+        Args:
+            images: n images in any form that `Scorer.score` takes.
+            prompts (list of `str`): one per image.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: the scores without the temperature (n,), and their
+            gradients by the weights (n, weights), see `RewardHead.directions`. Both are
+            on the CPU, in float64.
+
+        Raises:
+            UserError: the reward has no linear head.
+        """
+        if not isinstance(self.head, RewardHead) or self.facts["head"].get("hidden"):
+            raise UserError(f"{self.folder} has no linear head")
+        base, image, text = self._features(images, list(prompts))
+        scores = self.head(base, image, text).mean(1)
+        return scores.cpu().double(), self.head.directions(base, image, text).cpu().double()
+
+    def covariance(self) -> Tensor | None:
+        """Return how uncertain the weights of a linear head are after its training.
+
+        Returns:
+            `Tensor`: (weights, weights), in float64. None if the folder has none: for
+            other heads and losses, and for folders of earlier versions.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from safetensors.torch import load_file
+
+        file = self.folder / COVARIANCE
+        if not file.is_file():
+            return None
+        try:
+            return load_file(file)["covariance"].double()
+        except loading_errors() as error:
+            raise UserError(f"{file} is damaged ({one_line(error)}); delete it") from error
 
     @torch.no_grad()
     def user_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
