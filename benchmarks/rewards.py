@@ -22,9 +22,9 @@ four pairs on which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or each is
-the one that would teach the reward most (`Doubt` of the demo): of eight pairs, of the
-four images of two prompts, or of all pairs that are left. The reward is trained again
-every 40 votes. There are ten times as many seeds.
+the one that would teach the reward most (`Doubt` of the demo): of 8 pairs of the four
+images of two prompts, of 32 pairs of eight prompts, or of all pairs that are left. The
+reward is trained again every 40 votes. There are ten times as many seeds.
 """
 
 from __future__ import annotations
@@ -60,8 +60,14 @@ Array = npt.NDArray[np.float64]
 TEMPERATURE, PROMPTS, TRAINED, TESTED, HELD_OUT = 0.05, 600, 4, 60, 6
 STEPS = 10  # of the sampler
 AT_ONCE, VOTES = 40, 320
-RANDOM, OF_EIGHT, OF_ALL = "random pairs", "the best of eight pairs", "the best of all pairs"
-ARMS = (RANDOM, OF_EIGHT, OF_ALL)
+RANDOM = "random pairs"
+ARMS = {
+    RANDOM: 1,
+    "the best of 8 pairs": 8,
+    "the best of 32 pairs": 32,
+    "the best of all pairs": None,
+}
+"""Name -> among how many pairs each is chosen."""
 
 
 class World:
@@ -144,7 +150,7 @@ def drawn_labels(lead: Array, noise: np.random.Generator, flips: float = 0.0) ->
 def fitted(
     world: World, data: Judgements, seed: int, **settings: Any
 ) -> tuple[Any, RewardTrainer, Any]:
-    """The head, its trainer and the covariance of its weights, without writing a folder."""
+    """The head, its trainer and the covariance of its weights. No folder is written."""
     args = RewardConfig(output_dir="never-written", seed=seed, **settings)
     trainer = RewardTrainer("shapes-clip", args, data, model_path=str(world.folder))
     written: list[Any] = []
@@ -350,7 +356,7 @@ def active(world: World, seed: int) -> dict[str, float]:
     order = noise.permutation(len(first))
     held_out: tuple[Pairs, Array, Array] | None = None
     reached = {}
-    for name in ARMS:
+    for name, among in ARMS.items():
         asked = order[:AT_ONCE]
         while True:
             data = world.judged(first[asked], second[asked], label[asked])
@@ -368,14 +374,19 @@ def active(world: World, seed: int) -> dict[str, float]:
             left = np.setdiff1d(order, asked, assume_unique=True)
             rows = world.judged(first[left], second[left], label[left])
             pool = trainer._pairs(rows, world.features)
-            chosen = questions(head, covariance, pool, world.prompt[first[left]], name, noise)
+            chosen = questions(head, covariance, pool, world.prompt[first[left]], among, noise)
             asked = np.concatenate([asked, left[chosen]])
     return reached
 
 
 @torch.no_grad()
 def questions(
-    head: Any, covariance: Any, pool: Pairs, prompts: Any, arm: str, noise: np.random.Generator
+    head: Any,
+    covariance: Any,
+    pool: Pairs,
+    prompts: Any,
+    among: int | None,
+    noise: np.random.Generator,
 ) -> list[int]:
     """The next pairs to vote on, one after the other, as the demo chooses them."""
     sides = (pool.base[:, 0], pool.first), (pool.base[:, 1], pool.second)
@@ -384,9 +395,10 @@ def questions(
     is_open, chosen = np.ones(len(prompts), dtype=bool), []
     while len(chosen) < AT_ONCE:
         candidates = np.flatnonzero(is_open)
-        if arm == OF_EIGHT:
-            two = np.isin(prompts[candidates], noise.choice(np.unique(prompts), 2, replace=False))
-            candidates = noise.permutation(candidates[two])[:8]
+        if among is not None:
+            drawn = noise.choice(np.unique(prompts), among // 4, replace=False)
+            of_them = np.isin(prompts[candidates], drawn)
+            candidates = noise.permutation(candidates[of_them])[:among]
             if not len(candidates):
                 continue
         gains = information_gain(directions[candidates], information[candidates], covariance)
@@ -398,7 +410,7 @@ def questions(
 
 
 def votes_table(runs: list[dict[str, float]]) -> list[str]:
-    """Accuracy by votes, and how much more than with random pairs, 95 % over the seeds."""
+    """Accuracy by votes, and how much more than with random pairs, 95 % over seeds."""
     counts = range(AT_ONCE, VOTES + 1, AT_ONCE)
     values = {
         arm: np.array([[run[f"{count} votes, {arm}"] for count in counts] for run in runs])
@@ -407,7 +419,7 @@ def votes_table(runs: list[dict[str, float]]) -> list[str]:
     lines = [f"| votes | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 1) + "|"]
     for i, count in enumerate(counts):
         row = [f"{values[RANDOM][:, i].mean():.3f}"]
-        for arm in ARMS[1:]:
+        for arm in list(ARMS)[1:]:
             gains = values[arm][:, i] - values[RANDOM][:, i]
             half = 1.96 * gains.std(ddof=1) / np.sqrt(len(runs))
             row.append(
@@ -416,7 +428,7 @@ def votes_table(runs: list[dict[str, float]]) -> list[str]:
             )
         lines.append(f"| {count} | {' | '.join(row)} |")
     goal = values[RANDOM][:, -1].mean()
-    for arm in ARMS[1:]:
+    for arm in list(ARMS)[1:]:
         means = values[arm].mean(0)
         enough = [count for count, mean in zip(counts, means, strict=True) if mean >= goal]
         reach = f"with {enough[0]} votes" if enough else "not"

@@ -66,9 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ask_reward",
         type=Path,
-        help="a reward of diffalign reward train: of eight pairs, the one whose vote would teach "
-        "it most is voted on. An ensemble with hidden layers and a reward with users "
+        help="a reward of diffalign reward train: of several pairs, the one whose vote would "
+        "teach it most is voted on. An ensemble with hidden layers and a reward with users "
         "(train.head: pal) choose the one on which members or users disagree most",
+    )
+    parser.add_argument(
+        "--ask_pairs",
+        type=count(2, 1024),
+        help="pairs among which --ask_reward chooses (default 8, of 8 drawn images); more take "
+        "longer to draw and save more votes",
     )
     parser.add_argument(
         "--gallery_dir",
@@ -247,13 +253,15 @@ def _app(options: argparse.Namespace, uploads: bool) -> Any:
         raise UserError("the demo needs gradio; pip install 'diffalign[demo]'") from None
     from ..demo.app import EXAMPLE, build_app
     from ..demo.comparisons import ComparisonStore
-    from ..demo.doubt import Doubt
+    from ..demo.doubt import CANDIDATES, Doubt
     from ..demo.engine import Engine, Limits
     from ..demo.train_tab import Watch
     from ..demo.votes import RoundVotes, VoteStore
     from ..evaluation.compare import read_models
     from ..runtime.devices import read_dtype
 
+    if options.ask_pairs and not options.ask_reward:
+        raise UserError("--ask_pairs: has no effect without --ask_reward, which chooses the pair")
     embedded = embedded_name(options.base) is not None
     has_lora = embedded and options.base != FLOW_MODEL
     tuned = options.tuned or ([_embedded_lora()] if has_lora else [])
@@ -295,7 +303,9 @@ def _app(options: argparse.Namespace, uploads: bool) -> Any:
         user_adapter=options.user_adapter,
     )
     example = EXAMPLE if embedded or not prompts else prompts[0]
-    doubt = Doubt(options.ask_reward, options.device) if options.ask_reward else None
+    doubt = None
+    if options.ask_reward:
+        doubt = Doubt(options.ask_reward, options.device, options.ask_pairs or CANDIDATES)
     return build_app(
         engine,
         prompts=prompts,

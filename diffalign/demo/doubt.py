@@ -15,6 +15,8 @@ from ..rewards.learned.information import after_label, information_gain, label_i
 from ..rewards.scorers.trained import TrainedReward
 from .votes import Pair
 
+CANDIDATES = 8
+
 
 class Doubt:
     """Choose pairs by what their votes would teach a reward.
@@ -29,12 +31,17 @@ class Doubt:
     Args:
         folder (`Path`): A reward of `diffalign reward train`.
         device (`str`, *optional*): Where it runs.
+        candidates (`int`, *optional*, defaults to `8`): Pairs among which to choose.
+            More cost more drawing and save more votes.
 
     Raises:
         UserError: It is no reward, or one that knows of no doubt.
     """
 
-    def __init__(self, folder: Path, device: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str | None = None, candidates: int = CANDIDATES
+    ) -> None:
+        self.candidates = candidates
         if not (folder / "reward.json").is_file():
             raise UserError(
                 f"--ask_reward: {str(folder)!r} is no reward of diffalign reward train; name its "

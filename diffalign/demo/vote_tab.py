@@ -6,6 +6,7 @@ Every vote is on disk before the next pair comes.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import uuid
@@ -49,11 +50,8 @@ document.addEventListener("keydown", (event) => {
 
 LEAST_PAIRS, MOST_PAIRS = 4, 16
 """How many votes make a visitor's taste."""
-PROMPTS = 2
-"""Prompts that are drawn with two seeds and both models, where a reward chooses among
-their pairs."""
-CANDIDATES = 8
-"""Pairs of a round among which a reward chooses."""
+SEEDS = 2
+"""Images of a prompt and model where a reward chooses among their pairs."""
 
 
 class Voting:
@@ -108,12 +106,13 @@ class Voting:
             `Pair`, or None when there is none left.
         """
         if isinstance(self.store, RoundVotes):
-            count = 1 if self.doubt is None else CANDIDATES
+            count = 1 if self.doubt is None else self.doubt.candidates
             pairs = self.store.candidates(annotator, random.Random(), count)
         elif self.doubt is None:
             pairs = self._drawn(1)
         else:
-            pairs = [pair for _ in range(PROMPTS) for pair in self._drawn(2)]
+            prompts = math.ceil(self.doubt.candidates / SEEDS**2)
+            pairs = [pair for _ in range(prompts) for pair in self._drawn(SEEDS)]
         pair = pairs[0] if pairs else None
         if self.doubt is not None and pairs:
             pair = self.doubt.choose(pairs)

@@ -20,6 +20,8 @@ from .pair_tensors import Items, Pairs
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """The strongest leave little more than the base, which is best where pairs are few."""
 FOLDS = 5
+FOLD_ITERATIONS = 100
+"""Of L-BFGS, at most, to choose a penalty. The head that is kept takes up to 500."""
 MOST_FOLDED = 2000
 """Most pairs whose penalty is chosen by cross-validation. With more of them the
 validation pairs are enough."""
@@ -91,7 +93,12 @@ def fit_head(
 
 
 def _fit(
-    train: Pairs, val: Pairs, penalty: float, config: RewardConfig, items: Items | None
+    train: Pairs,
+    val: Pairs,
+    penalty: float,
+    config: RewardConfig,
+    items: Items | None,
+    iterations: int = 500,
 ) -> tuple[RewardHead, list[float]]:
     """Fit a head by one penalty. Returns the thresholds of ties of its members, too."""
     torch.manual_seed(config.seed)
@@ -102,7 +109,7 @@ def _fit(
     ).double()
     _standardise(head, train)
     thresholds = [
-        _fit_member(head, member, train, val, penalty, config, items)
+        _fit_member(head, member, train, val, penalty, config, items, iterations)
         for member in range(config.members)
     ]
     return head, thresholds
@@ -174,7 +181,7 @@ def _cross_validated(
         fitted, tested = train.rows(~held_out), train.rows(held_out)
         share = float(tested.weight.sum())
         for i, penalty in enumerate(PENALTIES):
-            head, _ = _fit(fitted, tested, penalty, one, left)
+            head, _ = _fit(fitted, tested, penalty, one, left, FOLD_ITERATIONS)
             losses[i] += share * _held_out_loss(head, tested, config)
         weight += share
     return PENALTIES[int(losses.argmin())] if weight else None
@@ -231,6 +238,7 @@ def _fit_member(
     penalty: float,
     config: RewardConfig,
     items: Items | None,
+    iterations: int,
 ) -> float:
     """Fit one member. Returns the threshold of ties, for margins before calibration."""
     network = head.networks[member]
@@ -276,7 +284,7 @@ def _fit_member(
 
     if not config.hidden:
         optimizer = torch.optim.LBFGS(
-            parameters, max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+            parameters, max_iter=iterations, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:

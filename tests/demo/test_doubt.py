@@ -21,9 +21,9 @@ from diffalign.shapes import lora_dir
 from diffalign.shapes.prompts import train_prompts
 
 pytest.importorskip("gradio")
-from diffalign.demo.doubt import Doubt
+from diffalign.demo.doubt import CANDIDATES, Doubt
 from diffalign.demo.engine import Engine
-from diffalign.demo.vote_tab import PROMPTS, Voting
+from diffalign.demo.vote_tab import Voting
 from diffalign.demo.votes import Pair, VoteStore
 
 
@@ -115,7 +115,7 @@ def test_voting_asks_about_it(ensemble: Path, tmp_path: Path) -> None:
     doubt = Recorded(ensemble, "cpu")
     voting = Voting(engine, store, train_prompts()[:4], ("base", "tuned"), doubt)
     pair = voting.new_pair("visitor", "ann")
-    assert pair is not None and shown == [4 * PROMPTS] and set(pair.sides) == {"base", "tuned"}
+    assert pair is not None and shown == [CANDIDATES] and set(pair.sides) == {"base", "tuned"}
     assert voting.vote("visitor", pair.id, "left", "ann") and len(store.votes) == 1
     assert store.rate("base", "tuned")[0] == 1 and isinstance(store.votes[0]["seed"], int)
 
