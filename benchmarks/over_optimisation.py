@@ -124,10 +124,13 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
     """Judge -> (prompts, images)."""
     work = work / "over-optimisation"
     prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
+    # The first 64 of all prompts begin the list, so that their batches are the same
+    # whatever --images is.
     wanted = [
         (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png")
+        for begin in range(0, images, 64)
         for i, p in enumerate(prompts)
-        for n in range(images)
+        for n in range(begin, min(begin + 64, images))
     ]
     pipes: list[Any] = []
 
@@ -137,6 +140,7 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
         return generate(pipes[0], texts, seeds, batch_size=len(texts), progress=False, **SAMPLING)
 
     draw_files(draw, wanted, 128, DistributedContext(0, 1, None), "drawing")
+    wanted.sort(key=lambda image: image[2])
 
     def scores(name: str, key: str, **options: str) -> Array:
         def judge() -> list[list[float]]:
@@ -480,7 +484,7 @@ def main() -> None:
         for name, folder in rewards.items()
     }
     weakest = min(members, key=accuracy.__getitem__)
-    some = {name: values[:SCALED] for name, values in scores.items()}
+    some = {name: values[:SCALED, :64] for name, values in scores.items()}
     sections = reward_sections(some, members, weakest) if options.seeds else {}
     trained = {
         name: [train(section, name, seed, options) for seed in range(options.seeds)]

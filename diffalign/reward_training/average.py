@@ -74,7 +74,7 @@ def average_rewards(
         val, test = _parts(facts[0], train_dataset, eval_dataset)
     except (KeyError, TypeError) as error:
         raise UserError(f"a reward.json of these folders is damaged ({error})") from error
-    labels = make_labels(val, True)
+    labels = make_labels(val, facts[0]["settings"].get("prompt_weights", True))
     members = [TrainedReward(place, device=device) for place in places]
     states = [_state(member) for member in members]
     scorer = members[0]  # carries the weights that are measured

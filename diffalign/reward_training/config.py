@@ -123,8 +123,10 @@ class RewardConfig(LoopConfig):
         self._check_towers()
         if self.learning_rate is None:
             self.learning_rate = self._usual_rate()
-        if not self.val or not self.test:
-            raise ConfigError("val", "expected shares above 0: the report needs prompts of its own")
+        uses = {"val": "they choose penalty and step", "test": "the report is about them"}
+        for name, use in uses.items():
+            if not getattr(self, name):
+                raise ConfigError(name, f"expected a share of the prompts above 0, got 0; {use}")
 
     def _check_labels(self) -> None:
         names = ("flip_rate", "smoothing", "margin", "label_strength")

@@ -41,14 +41,10 @@ def strengthen(
         labels are `flipped`, `softened` or `with_margin`.
 
     Raises:
-        UserError: There are fewer groups than folds, or no decided pairs.
+        UserError: See `check_labels`.
     """
     decided = (train.label == 0) | (train.label == 1)
-    if not decided.any():
-        raise UserError(
-            "train.label_strength: no training pair is decided, all are ties or mixed votes; set "
-            "it to false"
-        )
+    check_labels(train.label, groups[train.prompt])
     margins = unseen_margins(train, val, groups, config)
     sign = torch.where(train.label >= 0.5, 1.0, -1.0).to(margins)
     strength, deviation, soft = label_strength(sign[:, None] * margins)
@@ -63,21 +59,38 @@ def strengthen(
     return changed, {name: float(rows.sum()) for name, rows in counts.items()}
 
 
-def unseen_margins(train: Pairs, val: Pairs, groups: Tensor, config: RewardConfig) -> Tensor:
-    """Margins of all pairs by ensembles that were fitted without their groups.
+def check_labels(labels: Tensor, groups: Tensor) -> None:
+    """Check that labels can be judged by an ensemble.
 
-    Arguments and errors as `strengthen`.
+    Args:
+        labels (`Tensor`): Of the training pairs, (n,).
+        groups (`Tensor`): Group of the prompt of each of them, (n,).
 
-    Returns:
-        `Tensor`: First image minus second, (n, members).
+    Raises:
+        UserError: There are fewer groups than folds, or no decided pairs.
     """
-    group = groups[train.prompt]
-    count = len(group.unique())
+    if not ((labels == 0) | (labels == 1)).any():
+        raise UserError(
+            "train.label_strength: no training pair is decided, all are ties or mixed votes; set "
+            "it to false"
+        )
+    count = len(groups.unique())
     if count < FOLDS:
         raise UserError(
             f"train.label_strength: {count} training prompts with images of their own are too "
             f"few, it needs {FOLDS}; set it to false"
         )
+
+
+def unseen_margins(train: Pairs, val: Pairs, groups: Tensor, config: RewardConfig) -> Tensor:
+    """Margins of all pairs by ensembles that were fitted without their groups.
+
+    Arguments as `strengthen`.
+
+    Returns:
+        `Tensor`: First image minus second, (n, members).
+    """
+    group = groups[train.prompt]
     plain = dataclasses.replace(config, label_strength=False, members=1)
     _, chosen = fit_head(train, val, plain, groups=groups)
     several = dataclasses.replace(plain, members=MEMBERS, l2=chosen["l2"])

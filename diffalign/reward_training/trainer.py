@@ -52,7 +52,7 @@ from .judgements import (
     read_options,
     split,
 )
-from .label_strength import strengthen
+from .label_strength import check_labels, strengthen
 from .pair_loss import fit_temperature, margins_of_scores, scale_of
 from .pair_tensors import Pairs, make_items, make_pairs
 from .report import accuracy, measure, write_report
@@ -135,6 +135,10 @@ class RewardTrainer:
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
         self._treat_ties()
+        part = self.parts["train"]
+        self.groups = torch.from_numpy(connected(part))  # of every prompt
+        if self.args.label_strength:
+            check_labels(torch.from_numpy(part.label), self.groups[torch.from_numpy(part.prompt)])
         if self.args.loss != "pairs":
             check_opinions(self.args.loss, self.parts["train"].opinions)
         self.eval_fingerprint: str | None = None
@@ -315,10 +319,9 @@ class RewardTrainer:
         cache = Path(args.cache) if args.cache else None
         features = embed(self.base, self.judgements, cache)
         train, val = (self._pairs(self.parts[name], features) for name in ("train", "val"))
-        groups = torch.from_numpy(connected(self.parts["train"]))
         counts: dict[str, float] = {}
         if args.label_strength:
-            train, counts = strengthen(train, val, groups, args)
+            train, counts = strengthen(train, val, self.groups, args)
         head: RewardHead | PalHead
         if args.head == "pal":
             head, chosen = fit_pal(train, val, len(self.judgements.users), args)
@@ -327,7 +330,7 @@ class RewardTrainer:
             if args.loss != "pairs":
                 opinions = self.parts["train"].opinions
                 items = make_items(opinions, features, self._score, args.prompt_weights)
-            head, chosen = fit_head(train, val, args, items, groups)
+            head, chosen = fit_head(train, val, args, items, self.groups)
         if self.held_out is self.parts.get("test"):
             test = self._pairs(self.held_out, features)
         else:

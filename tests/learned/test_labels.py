@@ -13,7 +13,12 @@ from judged import config, report_of, rows
 from diffalign.errors import ConfigError, UserError
 from diffalign.reward_training import RewardConfig, RewardTrainer
 from diffalign.reward_training.fit_head import fit_head, margins_of
-from diffalign.reward_training.label_strength import FLIPPED, strengthen, unseen_margins
+from diffalign.reward_training.label_strength import (
+    FLIPPED,
+    check_labels,
+    strengthen,
+    unseen_margins,
+)
 from diffalign.reward_training.pair_tensors import Pairs
 from diffalign.rewards.scorers.trained import read_facts
 
@@ -133,3 +138,14 @@ def test_bad_settings_are_one_sentence(tmp_path: Path) -> None:
         RewardConfig(towers="lora", label_strength=True)
     with pytest.raises(UserError, match="the training prompts have none; set it to half"):
         RewardTrainer("shapes-clip", config(tmp_path / "x", ties="rao_kupper"), rows(40))
+
+
+def test_labels_are_checked_before_anything_is_embedded(tmp_path: Path) -> None:
+    args = RewardConfig(output_dir=str(tmp_path / "mine"), val=0.4, test=0.4, label_strength=True)
+    with pytest.raises(UserError, match="2 training prompts with images of their own are too few"):
+        RewardTrainer("shapes-clip", args, rows(10))
+    with pytest.raises(UserError, match="no training pair is decided"):
+        check_labels(torch.tensor([0.5, 0.5, 0.25]), torch.arange(3))
+    for name in ("val", "test"):
+        with pytest.raises(ConfigError, match=f"{name}: expected a share of the prompts above 0"):
+            RewardConfig(**{name: 0.0})
