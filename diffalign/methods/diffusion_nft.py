@@ -294,4 +294,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             distance = output_distance(output, reference).unflatten(0, shape)
             loss = loss + args.kl_weight * distance
             metrics["policy/kl"] = distance.detach().mean(1)
-        return loss.mean(1), metrics
+        # An image without a score is neither good nor bad: 1/2 would be a judgement.
+        # Rounds in checkpoints of earlier versions do not have it.
+        judged = batch.extra.get("judged", torch.ones_like(loss)).to(loss)
+        return (judged * loss).sum(1) / judged.sum(1).clamp(min=1), metrics

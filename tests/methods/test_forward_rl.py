@@ -242,6 +242,20 @@ def test_at_the_old_policy_nft_is_weighted_fine_tuning(tmp_path: Path) -> None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_nft_leaves_images_without_a_score_out(tmp_path: Path) -> None:
+    """Their optimality is 1/2, which would be a judgement."""
+    trainer = small(tmp_path, "diffusion_nft", kl_weight=0.5)
+    micro = next(trainer.micro_batches(next_batch(trainer)))
+    assert micro.extra["judged"].all()
+    micro.extra["judged"][0, 0] = 0.0
+    loss, metrics = trainer.compute_loss(micro)
+    micro.x0[0, 0] = 77.0  # as little as it does in the loss
+    again, _ = trainer.compute_loss(micro)
+    torch.testing.assert_close(loss[0], again[0], rtol=1e-4, atol=1e-5)
+    micro.extra["judged"][0] = 0.0
+    assert float(trainer.compute_loss(micro)[0][0].detach()) == 0.0 and "policy/kl" in metrics
+
+
 def test_the_old_policy_draws_and_follows(tmp_path: Path) -> None:
     trainer = small(
         tmp_path, "diffusion_nft", max_steps=4, learning_rate=1e-2, decay_rate=0.25, max_decay=0.5

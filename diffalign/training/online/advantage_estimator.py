@@ -71,16 +71,21 @@ class GroupAdvantages:
         equal (`Tensor`): Whether all scores of a group are equal, (g,), bool.
         weights (`Tensor`): Weight of each group in the loss, (g,). They add up to the
             number of groups over all processes.
+        judged (`Tensor`): Whether an image has a reward, (g, k), bool. Without one its
+            advantage is 0.
     """
 
     advantages: Tensor
     equal: Tensor
     weights: Tensor
+    judged: Tensor
 
     def part(self, start: int, stop: int) -> GroupAdvantages:
         """Return some of the groups."""
         part = slice(start, stop)
-        return GroupAdvantages(self.advantages[part], self.equal[part], self.weights[part])
+        return GroupAdvantages(
+            self.advantages[part], self.equal[part], self.weights[part], self.judged[part]
+        )
 
 
 class AdvantageEstimator:
@@ -127,7 +132,9 @@ class AdvantageEstimator:
         drop = self.config.drop_equal and self.history is None
         if drop and bool(equal.any()) and not bool(equal.all()):
             weights = (~equal).float() * len(equal) / int((~equal).sum())
-        every = GroupAdvantages(advantages.float(), equal, weights)
+        judged = ~torch.isnan(rewards)
+        judged = judged if judged.ndim == 2 else judged.all(-1)
+        every = GroupAdvantages(advantages.float(), equal, weights, judged)
         return every.part(start, start + len(prompts))
 
 
@@ -203,6 +210,7 @@ class AdvantageTrainer(OnPolicyTrainer):
                 **self.kept(batch, trajectories),
                 "advantages": part.advantages,
                 "equal": part.equal.float(),
+                "judged": part.judged.float(),
                 "scores": batch_scores.float(),
             }
             weights = batch.weights * part.weights.to(batch.weights)
