@@ -258,6 +258,14 @@ class RewardTrainer:
                 "train.output_dir",
                 f"{self.args.output_dir!r} has no name; name a folder such as rewards/mine",
             )
+        if self.args.cache is not None:
+            cache = Path(self.args.cache).resolve()
+            if self.folder.resolve() in (cache, *cache.parents):
+                raise ConfigError(
+                    "train.cache",
+                    f"{self.args.cache!r} lies in train.output_dir, which is replaced as a whole; "
+                    "choose a folder outside",
+                )
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if self.args.towers != "frozen":

@@ -290,6 +290,9 @@ def test_all_ties() -> None:
 
 
 def test_mistakes_of_the_settings(trained: Path, tmp_path: Path) -> None:
+    inside = config(tmp_path / "x", cache=str(tmp_path / "x" / "cache"))
+    with pytest.raises(ConfigError, match=r"train.cache: .* lies in train.output_dir"):
+        RewardTrainer("shapes-clip", inside, rows(40))
     with pytest.raises(UserError, match="is not empty"):
         RewardTrainer("shapes-clip", config(trained), rows(40))
     with pytest.raises(ConfigError, match="has no embeddings that a bradley_terry head can read"):
