@@ -167,16 +167,18 @@ def _cross_validated(
     are too few prompts.
     """
     one = dataclasses.replace(config, members=1)
-    names = train.prompt if groups is None else groups[train.prompt]
-    fold = folds_of(names, config.seed)
+    if groups is None:
+        prompts = train.prompt if items is None else torch.cat([train.prompt, items.prompt])
+        groups = torch.arange(int(prompts.max()) + 1)
+    fold = folds_of(groups[train.prompt], config.seed)
     losses, weight = torch.zeros(len(PENALTIES), dtype=torch.float64), 0.0
     for number in fold.unique().tolist():
         held_out = fold == number
         left = None
         if items is not None:
-            apart = torch.isin(items.prompt, train.prompt[held_out].unique())
-            left = items.rows(~apart)
-        if bool(held_out.all()) or not can_fit(config.loss, left):
+            apart = groups[train.prompt[held_out]].unique()
+            left = items.rows(~torch.isin(groups[items.prompt], apart))
+        if bool(held_out.all()) or not _can_fit(config.loss, left):
             continue
         fitted, tested = train.rows(~held_out), train.rows(held_out)
         share = float(tested.weight.sum())
@@ -187,7 +189,7 @@ def _cross_validated(
     return PENALTIES[int(losses.argmin())] if weight else None
 
 
-def can_fit(kind: str, items: Items | None) -> bool:
+def _can_fit(kind: str, items: Items | None) -> bool:
     """Whether the opinions of a fold, if there are any, suit a loss."""
     try:
         if items is not None:
