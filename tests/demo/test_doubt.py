@@ -11,6 +11,7 @@ import torch
 from judged import config, rows
 from tiny import picture
 
+from diffalign.cli.entry import run
 from diffalign.errors import UserError
 from diffalign.evaluation.compare import read_models
 from diffalign.reward_training import RewardTrainer
@@ -118,6 +119,26 @@ def test_voting_asks_about_it(ensemble: Path, tmp_path: Path) -> None:
     assert pair is not None and shown == [CANDIDATES] and set(pair.sides) == {"base", "tuned"}
     assert voting.vote("visitor", pair.id, "left", "ann") and len(store.votes) == 1
     assert store.rate("base", "tuned")[0] == 1 and isinstance(store.votes[0]["seed"], int)
+
+
+def test_pairs_may_be_of_two_seeds(ensemble: Path, tmp_path: Path) -> None:
+    """All pairs of both models' images: the seeds of both sides are stored."""
+    models = read_models("shapes", [{"name": "tuned", "lora": str(lora_dir())}])
+    voting = Voting(Engine(models), VoteStore(tmp_path), ["a cat"], ("base", "tuned"))
+    pairs = voting._drawn(2)
+    assert len(pairs) == 4 and len({pair.id for pair in pairs}) == 4
+    seeds = [(pair.facts["seed"], pair.facts.get("right_seed")) for pair in pairs]
+    assert sum(right is None for _, right in seeds) == 2
+    assert len({id(image) for pair in pairs for image in pair.images}) == 4
+    by_seed = {}
+    for pair, (left, right) in zip(pairs, seeds, strict=True):
+        for side, seed, image in zip(pair.sides, (left, right or left), pair.images, strict=True):
+            assert by_seed.setdefault((side, seed), image) is image
+
+
+def test_the_number_of_pairs_needs_a_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--ask_pairs", "16"]) == 2
+    assert "no effect without --ask_reward" in capsys.readouterr().err
 
 
 def test_rewards_that_cannot_disagree(tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ def test_pairs_with_the_fewest_votes_come_first(waiting: Path) -> None:
     assert len({frozenset((v["image_a"], v["image_b"])) for v in store.votes}) == 6
 
 
+def test_a_reward_is_offered_distinct_pairs_with_the_fewest_votes(waiting: Path) -> None:
+    store, rng = RoundVotes(waiting), random.Random(2)
+    for name in ("ann", "bob"):
+        store.add(store.next(name, rng), "tie", name)  # type: ignore[arg-type]
+    offered = [frozenset(pair.sides) for pair in store.candidates("cyd", rng, 100)]
+    voted = {frozenset((vote["image_a"], vote["image_b"])) for vote in store.votes}
+    assert len(set(offered)) == len(offered) == 4 and not voted & set(offered)
+    assert len(store.candidates("cyd", rng, 3)) == 3
+    for number in range(3):  # a damaged image leaves its pairs out
+        (waiting / "images" / f"g0-{number}.png").write_bytes(b"no picture")
+    pairs = store.candidates("cyd", rng, 100)
+    assert pairs and all(side.startswith("g1") for pair in pairs for side in pair.sides)
+
+
 def test_no_round_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--feedback", str(tmp_path)]) == 2
     assert "holds no round of images" in capsys.readouterr().err
