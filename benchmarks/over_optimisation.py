@@ -229,6 +229,30 @@ def turns(
     return lines
 
 
+def shared_errors(scores: dict[str, Array], members: list[str]) -> list[str]:
+    """How much two rewards are wrong about the same images.
+
+    An error is what is left of a reward's scores beside the verifier, within a prompt.
+    """
+
+    def within(values: Array) -> Array:
+        centred = (values - values.mean(1, keepdims=True)).ravel()
+        return centred / centred.std()
+
+    verifier = within(scores["verifier"])
+    agreement = {name: float(np.mean(within(scores[name]) * verifier)) for name in members}
+    errors = [within(scores[name]) - agreement[name] * verifier for name in members]
+    shared = np.corrcoef(errors)[np.triu_indices(len(members), 1)]
+    low, high = min(agreement.values()), max(agreement.values())
+    return [
+        "",
+        "Within a prompt the scores of one reward correlate with the verifier by "
+        f"{low:.2f} to {high:.2f}. What is left of them, the errors, correlates between two "
+        f"rewards by {shared.min():.2f} to {shared.max():.2f}: they have one base and one set of "
+        "labels, so an average of them repeats most of their errors.",
+    ]
+
+
 def said(difference: Array) -> str:
     low, high = clustered_bootstrap(difference[:, None])
     return f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})"
@@ -508,6 +532,7 @@ def main() -> None:
         "",
         *tables(judges, powers),
         *turns(found, powers),
+        *shared_errors(scores, list(members)),
         "",
     ]
     if trained:
