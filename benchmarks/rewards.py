@@ -15,8 +15,8 @@ turned round, with plain likelihood and corrected for it; `shapes-clip` was trai
 as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
 (`configs/reward/shapes_clip.yaml`) and its data; seed 0 made the shipped one.
 *People*: 20 people give 60 votes each. u is the share of right attributes times 0.8,
-plus a taste of 0.3 (or 0.6) for the preferred style for one half of them and minus as
-much for the other. One reward for all, against PAL with two prototypes, for each
+plus a taste of 0.3 (or 0.6 or 1) for the preferred style for one half of them and minus
+as much for the other. One reward for all, against PAL with two prototypes, for each
 person's own u. Twelve new people give 2 to 16 votes, on random pairs or each on that of
 four pairs on which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
@@ -256,7 +256,7 @@ def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
 def people(world: World, seed: int) -> dict[str, float]:
     return {
         f"taste {taste:g}: {name}": value
-        for taste in (0.3, 0.6)
+        for taste in (0.3, 0.6, 1.0)
         for name, value in of_taste(world, seed, taste).items()
     }
 

@@ -96,7 +96,7 @@ class RewardConfig(LoopConfig):
     sharpness, file size and resolution. The correlations are reported always."""
     l2: Annotated[float, Range(0.0, 1e6)] | None = None
     """Pull of a head's weights to 0. null chooses the best of 1e-4 to 10: a linear head
-    of at most 2,000 pairs by cross-validation over the training prompts, others by the
+    of at most 5,000 pairs by cross-validation over the training prompts, others by the
     validation pairs. For PAL it is the better of 0.3 and 1 by the validation pairs."""
     learning_rate: Positive[float] | None = None  # type: ignore[assignment]
     """null is 1e-3 for a head with a hidden layer, 1e-2 for a linear PAL, 1e-4 for a

@@ -22,7 +22,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5
 FOLD_ITERATIONS = 100
 """Of L-BFGS, at most, to choose a penalty. The head that is kept takes up to 500."""
-MOST_FOLDED = 2000
+MOST_FOLDED = 5000
 """Most pairs whose penalty is chosen by cross-validation. With more of them the
 validation pairs are enough."""
 LOOK_EVERY = 20
