@@ -14,11 +14,11 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
 as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
 (`configs/reward/shapes_clip.yaml`) and its data; seed 0 made the shipped one.
-*People*: 20 people give 60 votes each. u is the share of right attributes times 0.8,
-plus a taste of 0.3 (or 0.6 or 1) for the preferred style for one half of them and minus
-as much for the other. One reward for all, against PAL with two prototypes, for each
-person's own u. Twelve new people give 2 to 16 votes, on random pairs or each on that of
-four pairs on which the 20 people disagree most by the PAL reward.
+*People*: 20 people give 60 or 150 votes each. u is the share of right attributes times
+0.8, plus a taste of 0.3, 0.6 or 1 for the preferred style for one half of them and
+minus as much for the other. One reward for all, against PAL with two prototypes, for
+each person's own u. Twelve new people give 2 to 16 votes, on random pairs or each on
+that of four pairs on which the 20 people disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or each is
@@ -255,16 +255,16 @@ def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
 
 def people(world: World, seed: int) -> dict[str, float]:
     return {
-        f"taste {taste:g}: {name}": value
-        for taste in (0.3, 0.6, 1.0)
-        for name, value in of_taste(world, seed, taste).items()
+        f"taste {taste:g}, {votes} votes: {name}": value
+        for taste, votes in ((0.3, 60), (0.6, 60), (1.0, 150))
+        for name, value in of_taste(world, seed, taste, votes).items()
     }
 
 
-def of_taste(world: World, seed: int, taste: float) -> dict[str, float]:
+def of_taste(world: World, seed: int, taste: float, votes: int) -> dict[str, float]:
     noise = np.random.default_rng(100 + seed)
     first, second = world.pairs(False)
-    users, votes = 20, 60
+    users = 20
     newcomers = range(users, users + 12)
     signs = np.where(np.arange(users + len(newcomers)) % 2, -1.0, 1.0)
 
