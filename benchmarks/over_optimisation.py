@@ -68,6 +68,7 @@ ONE = "one reward from few preferences"
 WEAKEST = "the weakest reward"
 FLIPS, PROMPTS = 0.25, 60
 SCALED = 60  # prompts whose images give the scale of the rewards that train
+FIRST = 64  # images of each of them
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
 EVERY = 25  # steps of the training against them
 OTHERS = {
@@ -124,13 +125,13 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
     """Judge -> (prompts, images)."""
     work = work / "over-optimisation"
     prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
-    # The first 64 of all prompts begin the list, so that their batches are the same
+    # The first of all prompts begin the list, so that their batches are the same
     # whatever --images is.
     wanted = [
         (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png")
-        for begin in range(0, images, 64)
+        for begin in range(0, images, FIRST)
         for i, p in enumerate(prompts)
-        for n in range(begin, min(begin + 64, images))
+        for n in range(begin, min(begin + FIRST, images))
     ]
     pipes: list[Any] = []
 
@@ -508,7 +509,7 @@ def main() -> None:
         for name, folder in rewards.items()
     }
     weakest = min(members, key=accuracy.__getitem__)
-    some = {name: values[:SCALED, :64] for name, values in scores.items()}
+    some = {name: values[:SCALED, :FIRST] for name, values in scores.items()}
     sections = reward_sections(some, members, weakest) if options.seeds else {}
     trained = {
         name: [train(section, name, seed, options) for seed in range(options.seeds)]

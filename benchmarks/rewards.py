@@ -45,7 +45,7 @@ from leaderboard import ROOT, kept
 
 from diffalign.reward_training import RewardConfig, RewardTrainer
 from diffalign.reward_training.features import embed
-from diffalign.reward_training.fit_head import margins_of
+from diffalign.reward_training.fit_head import directions_of, margins_of
 from diffalign.reward_training.fit_pal import pal_margins
 from diffalign.reward_training.judgements import Judgements
 from diffalign.reward_training.pair_tensors import Pairs
@@ -389,9 +389,8 @@ def questions(
     noise: np.random.Generator,
 ) -> list[int]:
     """The next pairs to vote on, one after the other, as the demo chooses them."""
-    sides = (pool.base[:, 0], pool.first), (pool.base[:, 1], pool.second)
-    shown, other = (head.directions(base, image, pool.text) for base, image in sides)
-    directions, information = shown - other, label_information(margins_of(head, pool).mean(1))
+    directions = directions_of(head, pool)
+    information = label_information(margins_of(head, pool).mean(1))
     is_open, chosen = np.ones(len(prompts), dtype=bool), []
     while len(chosen) < AT_ONCE:
         candidates = np.flatnonzero(is_open)

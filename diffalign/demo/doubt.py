@@ -69,10 +69,10 @@ class Doubt:
         prompts = [pair.prompt for pair in pairs for _ in pair.images]
         if self.covariance is not None:
             scores, directions = self.scorer.directions(images, prompts)
-            return pairs[self._most_informative(_margins(scores), _margins(directions))]
+            return pairs[self._most_informative(_differences(scores), _differences(directions))]
         by_user = self.scorer.facts["head"]["kind"] == "pal"
         score = self.scorer.user_scores if by_user else self.scorer.member_scores
-        doubts = disagreement(_margins(score(images, prompts)))
+        doubts = disagreement(_differences(score(images, prompts)))
         return pairs[int(doubts.argmax())]
 
     def _most_informative(self, margins: Tensor, directions: Tensor) -> int:
@@ -85,7 +85,7 @@ class Doubt:
         return place
 
 
-def _margins(values: Tensor) -> Tensor:
+def _differences(values: Tensor) -> Tensor:
     """First image less second, of rows that alternate."""
     return values[0::2] - values[1::2]
 

@@ -105,19 +105,22 @@ class Voting:
         Returns:
             `Pair`, or None when there is none left.
         """
-        if isinstance(self.store, RoundVotes):
-            count = 1 if self.doubt is None else self.doubt.candidates
-            pairs = self.store.candidates(annotator, random.Random(), count)
-        elif self.doubt is None:
-            pairs = self._drawn(1)
-        else:
-            prompts = math.ceil(self.doubt.candidates / SEEDS**2)
-            pairs = [pair for _ in range(prompts) for pair in self._drawn(SEEDS)]
+        pairs = self._candidates(annotator)
+        if pairs and self.doubt is not None:
+            pairs = [self.doubt.choose(pairs)]
         pair = pairs[0] if pairs else None
-        if self.doubt is not None and pairs:
-            pair = self.doubt.choose(pairs)
         self.pending.put(visitor, pair)
         return pair
+
+    def _candidates(self, annotator: object) -> list[Pair]:
+        """Return one pair, or those among which a reward chooses."""
+        if isinstance(self.store, RoundVotes):
+            count = 1 if self.doubt is None else self.doubt.candidates
+            return self.store.candidates(annotator, random.Random(), count)
+        if self.doubt is None:
+            return self._drawn(1)
+        prompts = math.ceil(self.doubt.candidates / SEEDS**2)
+        return [pair for _ in range(prompts) for pair in self._drawn(SEEDS)]
 
     def _drawn(self, seeds: int) -> list[Pair]:
         """Draw a random prompt with both models. Returns all pairs of their images."""
@@ -134,15 +137,13 @@ class Voting:
             # Either model may be drawn first, so that time tells nothing.
             for name in rng.sample(self.models, 2):
                 drawn[name].append((seed, self.engine.draw(name, image_request)))
-        pairs = []
+        pairs, weights = [], self._weights()
         for two in itertools.product(*drawn.values()):
             sides = list(zip(self.models, two, strict=True))
             rng.shuffle(sides)
             (left, (left_seed, left_image)), (right, (right_seed, right_image)) = sides
-            of_seeds = {"seed": left_seed, "right_seed": right_seed}
-            if left_seed == right_seed:
-                del of_seeds["right_seed"]
-            facts = {**of_seeds, **image_request.settings, "models": self._weights()}
+            other_seed = {} if left_seed == right_seed else {"right_seed": right_seed}
+            facts = {"seed": left_seed, **other_seed, **image_request.settings, "models": weights}
             pairs.append(
                 Pair(
                     uuid.uuid4().hex,

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -271,24 +271,23 @@ class RoundVotes(VoteStore):
             votes = [(frozenset((v["image_a"], v["image_b"])), v["annotator"]) for v in self.votes]
         judged = {pair for pair, name in votes if name == who}
         votes_on = Counter(pair for pair, _ in votes)
+
+        def votes_of(pair: _OpenPair) -> int:
+            return votes_on[pair.ids]
+
         open_pairs = [pair for pair in self._pairs() if pair.ids not in judged]
-        chosen: list[Pair] = []
-        while open_pairs := [pair for pair in open_pairs if not pair.ids & self._unreadable]:
-            fewest = min(votes_on[pair.ids] for pair in open_pairs)
-            level = [pair for pair in open_pairs if votes_on[pair.ids] == fewest]
-            rng.shuffle(level)
-            for pair in level:
-                shown = self._shown(pair, rng)
-                chosen += [] if shown is None else [shown]
-                if len(chosen) == count:
-                    return chosen
+        rng.shuffle(open_pairs)
+        for _, level in groupby(sorted(open_pairs, key=votes_of), key=votes_of):
+            shown = (self._shown(pair, rng) for pair in level)
+            chosen = list(islice((pair for pair in shown if pair is not None), count))
             if chosen:
-                break
-            # None of them can be opened. The next have more votes.
-        return chosen
+                return chosen
+        return []
 
     def _shown(self, pair: _OpenPair, rng: random.Random) -> Pair | None:
         """Open both images, sides shuffled. None if one cannot be opened."""
+        if pair.ids & self._unreadable:
+            return None
         sides = list(pair.sides)
         rng.shuffle(sides)
         images = [self._image(side) for side in sides]

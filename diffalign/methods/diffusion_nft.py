@@ -295,6 +295,6 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             loss = loss + args.kl_weight * distance
             metrics["policy/kl"] = distance.detach().mean(1)
         # An image without a score is neither good nor bad: 1/2 would be a judgement.
-        # Rounds in checkpoints of earlier versions do not have it.
+        # Rounds in checkpoints of earlier versions have no `judged`.
         judged = batch.extra.get("judged", torch.ones_like(loss)).to(loss)
         return (judged * loss).sum(1) / judged.sum(1).clamp(min=1), metrics

@@ -37,6 +37,15 @@ def margins_of(head: RewardHead, pairs: Pairs) -> Tensor:
     return first - second
 
 
+def directions_of(head: RewardHead, pairs: Pairs) -> Tensor:
+    """Gradient of each margin by the weights of a linear head, (n, weights).
+
+    See `RewardHead.directions`.
+    """
+    first = head.directions(pairs.base[:, 0], pairs.first, pairs.text)
+    return first - head.directions(pairs.base[:, 1], pairs.second, pairs.text)
+
+
 def member_means(head: RewardHead, pairs: Pairs) -> Tensor:
     """Scores of both images of all pairs, means over the members, (n, 2)."""
     return torch.stack([scores.mean(1) for scores in _both(head, pairs)], 1)
@@ -133,14 +142,13 @@ def weight_covariance(
     """
     if config.hidden or config.loss != "pairs":
         return None
-    sides = (train.base[:, 0], train.first), (train.base[:, 1], train.second)
-    first, second = (head.directions(base, image, train.text) for base, image in sides)
+    directions = directions_of(head, train)
     margins = margins_of(head, train).mean(1)
     information = train.weight * label_information(margins, config.flip_rate)
     # The loss is a mean, the penalty is not. The factor has the prior of `fit_scale`.
-    prior = torch.full_like(first[0], max(2 * penalty * len(train), 1e-6))
+    prior = torch.full_like(directions[0], max(2 * penalty * len(train), 1e-6))
     prior[0] = 1.0
-    return posterior_covariance(first - second, information, prior)
+    return posterior_covariance(directions, information, prior)
 
 
 def folds_of(groups: Tensor, seed: int) -> Tensor:

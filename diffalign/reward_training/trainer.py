@@ -135,9 +135,8 @@ class RewardTrainer:
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
         self._treat_ties()
-        part = self.parts["train"]
-        self.groups = torch.from_numpy(connected(part))  # of every prompt
         if self.args.label_strength:
+            part = self.parts["train"]
             check_labels(torch.from_numpy(part.label), self.groups[torch.from_numpy(part.prompt)])
         if self.args.loss != "pairs":
             check_opinions(self.args.loss, self.parts["train"].opinions)
@@ -174,6 +173,11 @@ class RewardTrainer:
             raise ConfigError("callbacks", "are called while towers are trained; leave them out")
         self.captions = self._read_captions(anchor_dataset)
         self._check_again(model)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Group of every prompt, (prompts,), by the training pairs. See `connected`."""
+        return torch.from_numpy(connected(self.parts["train"]))
 
     @cached_property
     def fingerprint(self) -> str:

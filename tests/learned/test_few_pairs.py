@@ -151,7 +151,7 @@ def test_covariance_by_autograd(members: int) -> None:
         assert weight_covariance(head, train, other, 0.02) is None
 
 
-def test_information_by_finite_differences() -> None:
+def test_information_by_autograd() -> None:
     """The expected square of the slope of a label's likelihood."""
     margins = torch.linspace(-6, 6, 13, dtype=torch.float64).requires_grad_()
     for flip_rate in (0.0, 0.1, 0.3):
@@ -174,4 +174,4 @@ def test_a_label_shrinks_the_posterior() -> None:
     gain = information_gain(directions, information, before)[-1]
     assert float(gain) == pytest.approx(float(before.logdet() - after.logdet()) / 2)
     gains = [information_gain(directions, information, each) for each in (before, after)]
-    assert (gains[1] <= gains[0] + 1e-12).all()  # fmt: skip
+    assert (gains[1] <= gains[0] + 1e-12).all()
