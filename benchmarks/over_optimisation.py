@@ -1,8 +1,8 @@
 """Over-optimisation: learned rewards rise while the verifier falls, and what ensembles
 and averaged weights change.
 
-    python benchmarks/over_optimisation.py [--images 64] [--members 4] [--work FOLDER]
-        [--output benchmarks/over_optimisation.md]
+    python benchmarks/over_optimisation.py [--images 64] [--members 4]
+        [--overfitted 6] [--work FOLDER] [--output benchmarks/over_optimisation.md]
 
 The purest optimiser of a reward is to draw n images of a prompt and to keep the one
 that the reward likes best: it needs no training, and n says how hard it optimises. The
@@ -13,25 +13,32 @@ exactly from the ranks. Intervals are 95 %, clustered by prompt.
 
 The rewards are trained by `RewardTrainer` on few and noisy preferences: 360 pairs of 60
 training prompts, labels drawn as for `benchmarks/rewards.py`, a quarter of them turned
-round. Their base is a CLIP that has seen captions and no preference. --members rewards
-have all weights trained (`towers: full`, 200 steps of 8 prompts) and differ in seed and
-learning rate. The judges: each of them alone (the mean over them is shown); the mean of
-their scores, and their mean less one standard deviation, each on the scale of the
-base's images; the average of their weights (WARM, `diffalign reward average`); one head
-on frozen towers, and an ensemble of 8 heads (`members: 8`), by mean and by mean less
-one standard deviation; the embedded reward `shapes-clip`; and the verifier itself,
-which is as good as picking can be. A judge turns at the n at which the verifier of its
-picks is highest: harder picking makes them worse.
+round. Their base is a CLIP that has seen captions and no preference. A judge turns at
+the n at which the verifier of its picks is highest: harder picking makes them worse.
 
-The second picture is of training: AWM (`configs/awm/shapes.yaml`, with --steps steps at
-a constant learning rate) optimises the weakest of the rewards, which is right least
-often on the pairs that it was not trained on, and the mean of all less one standard
-deviation, each from --seeds seeds. Every 25 steps the same 60 prompts, which the runs
-do not train on, are drawn from the same noise, two images each. Shown are the optimised
-reward, in standard deviations of the first of these drawings, and the verifier. The
-verifier turns at the first drawing at which it has fallen since an earlier one, by the
-test of the guardian (95 % over all pairs of drawings, clustered by prompt). Goes on
-where it stopped.
+*Overfitted rewards*: all weights are trained for 600 steps of 8 prompts at a learning
+rate of 1e-3 or 7e-4, and the last step counts, so they learn the wrong labels by heart.
+The labels are drawn three times. For each of these draws there are --overfitted
+rewards, which differ in seed and learning rate. The judges: each of them alone (the
+mean over them is shown); the mean of their scores, their mean less one standard
+deviation, and the lowest of them, each on the scale of the base's images; and the
+average of their weights (WARM, `diffalign reward average`).
+
+*Rewards stopped in time*: one draw of labels, --members rewards of 200 steps at 5e-4 or
+3e-4, of which the step with the best validation loss counts, as is usual. The further
+judges: one head on frozen towers, and an ensemble of 8 heads (`members: 8`), by mean
+and by mean less one standard deviation; the embedded reward `shapes-clip`; and the
+verifier itself, which is as good as picking can be.
+
+The last picture is of training: AWM (`configs/awm/shapes.yaml`, with --steps steps at
+a constant learning rate) optimises the weakest of the latter rewards, which is right
+least often on the pairs that it was not trained on, and the mean of all less one
+standard deviation, each from --seeds seeds. Every 25 steps the same 60 prompts, which
+the runs do not train on, are drawn from the same noise, two images each. Shown are the
+optimised reward, in standard deviations of the first of these drawings, and the
+verifier. The verifier turns at the first drawing at which it has fallen since an
+earlier one, by the test of the guardian (95 % over all pairs of drawings, clustered by
+prompt). Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -70,9 +77,19 @@ FLIPS, PROMPTS = 0.25, 60
 SCALED = 60  # prompts whose images give the scale of the rewards that train
 FIRST = 64  # images of each of them
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
+TOWERS: dict[str, Any] = {
+    "towers": "full",
+    "lr_scheduler": "cosine",
+    "warmup_steps": 20,
+    "per_device_train_batch_size": 8,
+}
+OVERFITTED: dict[str, Any] = TOWERS | {"max_steps": 600, "eval_steps": 600}
+OVERFITTED_RATES = (1e-3, 7e-4)
+LABELS, OVERFITTED_LABELS = 7, (11, 12, 13)  # seeds of the drawn labels
 EVERY = 25  # steps of the training against them
+WARM = "average of the weights"
 OTHERS = {
-    "average of the weights": "average",
+    WARM: "average",
     "one head": "head",
     "8 heads, mean": "heads",
     "8 heads, mean less one standard deviation": "heads-careful",
@@ -81,13 +98,13 @@ OTHERS = {
 Array = npt.NDArray[np.float64]
 
 
-def few_preferences(work: Path) -> tuple[Path, Judgements]:
+def few_preferences(work: Path, labels: int = LABELS) -> tuple[Path, Judgements]:
     """The base without preferences, and noisy judgements of a few prompts."""
     world = World(work / "world", 200)
     first, second = world.pairs(False)
     kept_rows = world.prompt[first] < PROMPTS
     first, second = first[kept_rows], second[kept_rows]
-    noise = np.random.default_rng(7)
+    noise = np.random.default_rng(labels)
     label = drawn_labels(world.score[first] - world.score[second], noise, FLIPS)
     return world.folder, world.judged(first, second, label)
 
@@ -95,30 +112,59 @@ def few_preferences(work: Path) -> tuple[Path, Judgements]:
 def learned_from_few(work: Path, members: int) -> dict[str, Path]:
     """Name -> folder of every trained reward; trains those that are not there."""
     base, data = few_preferences(work)
-
-    def trained(name: str, **settings: Any) -> Path:
-        folder = work / "rewards" / name
-        if not (folder / "reward.json").is_file():
-            args = RewardConfig(output_dir=str(folder), overwrite_output_dir=True, **settings)
-            RewardTrainer("shapes-clip", args, data, model_path=str(base)).train()
-        return folder
-
-    towers: dict[str, Any] = {"towers": "full", "max_steps": 200, "lr_scheduler": "cosine"}
-    towers |= {"warmup_steps": 20, "per_device_train_batch_size": 8}
-    found = {
+    rewards = {
         f"few-{seed}": trained(
-            f"few-{seed}",
+            work / "rewards" / f"few-{seed}",
+            base,
+            data,
             seed=seed,
             learning_rate=LEARNING_RATES[seed % len(LEARNING_RATES)],
-            **towers,
+            max_steps=200,
+            **TOWERS,
         )
         for seed in range(members)
     }
-    average = work / "rewards" / "average"
+    rewards["average"] = averaged([*rewards.values()], work / "rewards" / "average", data)
+    return rewards | {
+        "heads": trained(work / "rewards" / "heads", base, data, members=8),
+        "head": trained(work / "rewards" / "head", base, data),
+    }
+
+
+def overfitted(work: Path, members: int) -> dict[int, list[Path]]:
+    """Seed of the labels -> folders of its rewards, and last of their average."""
+    rewards = {}
+    for labels in OVERFITTED_LABELS:
+        base, data = few_preferences(work, labels)
+        folders = [
+            trained(
+                work / "rewards" / f"overfitted-{labels}-{seed}",
+                base,
+                data,
+                seed=100 * labels + seed,
+                learning_rate=OVERFITTED_RATES[seed % len(OVERFITTED_RATES)],
+                **OVERFITTED,
+            )
+            for seed in range(members)
+        ]
+        average = work / "rewards" / f"overfitted-{labels}-average"
+        rewards[labels] = [*folders, averaged(folders, average, data)]
+    return rewards
+
+
+def trained(folder: Path, base: Path, data: Judgements, **settings: Any) -> Path:
+    """The folder, after training if it is not there."""
+    if not (folder / "reward.json").is_file():
+        args = RewardConfig(output_dir=str(folder), overwrite_output_dir=True, **settings)
+        RewardTrainer("shapes-clip", args, data, model_path=str(base)).train()
+    return folder
+
+
+def averaged(folders: list[Path], average: Path, data: Judgements) -> Path:
+    """The folder, after averaging if it is not there."""
     if not (average / "reward.json").is_file():
-        average_rewards(list(found.values()), average, data, force=True)
-    found["average"] = average
-    return found | {"heads": trained("heads", members=8), "head": trained("head")}
+        average_rewards(folders, average, data, force=True)
+    return average
 
 
 def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array]:
@@ -183,30 +229,61 @@ def curves(
     the mean over the single rewards, which follow by name."""
     scale = {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
     units = {name: (values - scale[name][0]) / scale[name][1] for name, values in scores.items()}
-    stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
-    scales = [scale[name] for name in members]
     judges: dict[str, list[Array]] = {ONE: [units[name] for name in members]}
     for name, method in (
         (f"mean of {len(members)}", "mean"),
         (f"mean of {len(members)} less one standard deviation", "mean_minus_std"),
     ):
-        judges[name] = [combine(stacked, method, affine=scales).double().numpy()]
+        judges[name] = [combined(scores, members, method)]
     for name, key in OTHERS.items():
         judges[name] = [units[key]]
     judges["verifier"] = [units["verifier"]]
     judges |= {name: [units[name]] for name in members}
+    return {name: curve(of, scores["verifier"], powers) for name, of in judges.items()}
+
+
+def combined(scores: dict[str, Array], members: list[str], method: str) -> Array:
+    """Scores by an ensemble, each member on the scale of the base's images."""
+    stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
+    scales = [(float(scores[name].mean()), float(scores[name].std())) for name in members]
+    return combine(stacked, method, affine=scales).double().numpy()
+
+
+def curve(judges: list[Array], verifier: Array, powers: list[int]) -> dict[str, Array]:
+    """Own reward and verifier of the best of n, (len(powers), prompts) each.
+
+    The mean over the judges.
+    """
+    pairs = {"own": [(j, j) for j in judges], "verifier": [(j, verifier) for j in judges]}
     return {
-        name: {
-            "own": np.array([np.mean([best_of(j, j, n) for j in found], axis=0) for n in powers]),
-            "verifier": np.array(
-                [
-                    np.mean([best_of(j, scores["verifier"], n) for j in found], axis=0)
-                    for n in powers
-                ]
-            ),
-        }
-        for name, found in judges.items()
+        name: np.array([np.mean([best_of(*each, n) for each in of], axis=0) for n in powers])
+        for name, of in pairs.items()
     }
+
+
+def overfitted_curves(
+    scores: dict[str, Array], rewards: dict[int, list[str]], powers: list[int]
+) -> dict[str, dict[str, Array]]:
+    """Judge -> its curves, the mean over the draws of the labels.
+
+    Args:
+        scores: Of all rewards, by name.
+        rewards: Seed of the labels -> names of its rewards, the average last.
+        powers: The n.
+    """
+    units = {name: (values - values.mean()) / values.std() for name, values in scores.items()}
+    members = {labels: names[:-1] for labels, names in rewards.items()}
+    count = len(next(iter(members.values())))
+    judges = {ONE: [units[name] for names in members.values() for name in names]}
+    for name, method in (
+        (f"mean of {count}", "mean"),
+        (f"mean of {count} less one standard deviation", "mean_minus_std"),
+        (f"lowest of {count}", "min"),
+    ):
+        judges[name] = [combined(scores, names, method) for names in members.values()]
+    judges[WARM] = [units[names[-1]] for names in rewards.values()]
+    judges["verifier"] = [units["verifier"]]
+    return {name: curve(of, scores["verifier"], powers) for name, of in judges.items()}
 
 
 def turns(
@@ -215,18 +292,27 @@ def turns(
     """The n at which the verifier of a judge's picks is highest, with intervals."""
     lines = [
         "",
-        "Where a judge turns, the n at which the verifier of its picks is highest:",
+        "Where a judge turns, the n at which the verifier of its picks is highest, and how many "
+        f"times later than {ONE}:",
         "",
-        "| picked by | n | 95 % |",
-        "|---|---|---|",
+        "| picked by | n | 95 % | times later | 95 % |",
+        "|---|---|---|---|---|",
     ]
-    count = next(iter(found.values()))["verifier"].shape[1]
-    picks = np.random.default_rng(0).integers(count, size=(samples, count))
-    for name, curve in found.items():
-        means = np.stack([values[picks].mean(1) for values in curve["verifier"]])
-        low, high = np.quantile(np.array(powers)[means.argmax(0)], [0.025, 0.975])
-        top = powers[int(curve["verifier"].mean(1).argmax())]
-        lines.append(f"| {name} | {top} | {low:.0f} to {high:.0f} |")
+    prompts = found[ONE]["verifier"].shape[1]
+    picks = np.random.default_rng(0).integers(prompts, size=(samples, prompts))
+    drawn = {
+        name: np.array(powers)[np.stack([v[picks].mean(1) for v in curve["verifier"]]).argmax(0)]
+        for name, curve in found.items()
+    }
+    tops = {name: powers[int(c["verifier"].mean(1).argmax())] for name, c in found.items()}
+    for name, top in tops.items():
+        low, high = np.quantile(drawn[name], [0.025, 0.975])
+        row = f"| {name} | {top} | {low:.0f} to {high:.0f} |"
+        if name == ONE:
+            lines.append(f"{row} | |")
+            continue
+        least, most = np.quantile(drawn[name] / drawn[ONE], [0.025, 0.975])
+        lines.append(f"{row} {top / tops[ONE]:g} | {least:g} to {most:g} |")
     return lines
 
 
@@ -249,8 +335,7 @@ def shared_errors(scores: dict[str, Array], members: list[str]) -> list[str]:
         "",
         "Within a prompt the scores of one reward correlate with the verifier by "
         f"{low:.2f} to {high:.2f}. What is left of them, the errors, correlates between two "
-        f"rewards by {shared.min():.2f} to {shared.max():.2f}: they have one base and one set of "
-        "labels, so an average of them repeats most of their errors.",
+        f"rewards by {shared.min():.2f} to {shared.max():.2f} (mean {shared.mean():.2f}).",
     ]
 
 
@@ -457,7 +542,7 @@ def training_table(trained: dict[str, list[list[Look]]]) -> list[str]:
     """Verifier at the start, at its highest and at the end, and where it turns."""
     lines = [
         "",
-        "Training. *Optimised reward*: at the end, in standard deviations since the start:",
+        "*Optimised reward*: at the end, in standard deviations since the start:",
         "",
         "| optimised | seed | optimised reward | verifier at the start | at its highest (step) | "
         "at the end | it turns at step |",
@@ -489,21 +574,30 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--members", type=int, default=4)
+    parser.add_argument(
+        "--overfitted", type=int, default=6, help="overfitted rewards of each draw of labels"
+    )
     parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="of training, 0 for none")
     parser.add_argument("--work", type=Path, default=Path("runs/over-optimisation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "over_optimisation.md")
     options = parser.parse_args()
-    if options.images < 8 or options.members < 2:
-        parser.error("--images: at least 8; --members: at least 2")
+    if options.images < 8 or min(options.members, options.overfitted) < 2:
+        parser.error("--images: at least 8; --members and --overfitted: at least 2")
     rewards = learned_from_few(options.work, options.members)
     members = {name: folder for name, folder in rewards.items() if name.startswith("few-")}
+    of_labels = overfitted(options.work, options.overfitted)
+    others = {folder.name: folder for folders in of_labels.values() for folder in folders}
     powers = [2**i for i in range(options.images.bit_length()) if 2**i <= options.images]
-    scores = scored(options.work, options.images, rewards)
+    scores = scored(options.work, options.images, rewards | others)
     found = curves(scores, list(members), powers)
     judges = {name: curve for name, curve in found.items() if name not in members}
     picture = options.output.with_suffix(".png")
     plot(judges, powers, picture)
+    names = {labels: [folder.name for folder in folders] for labels, folders in of_labels.items()}
+    of_overfitted = overfitted_curves(scores, names, powers)
+    overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
+    plot(of_overfitted, powers, overfitted_picture)
     accuracy = {
         name: json.loads((folder / "report.json").read_text())["reward"]["accuracy"]
         for name, folder in rewards.items()
@@ -511,13 +605,13 @@ def main() -> None:
     weakest = min(members, key=accuracy.__getitem__)
     some = {name: values[:SCALED, :FIRST] for name, values in scores.items()}
     sections = reward_sections(some, members, weakest) if options.seeds else {}
-    trained = {
+    trained_looks = {
         name: [train(section, name, seed, options) for seed in range(options.seeds)]
         for name, section in sections.items()
     }
     training_picture = picture.with_stem(f"{picture.stem}_training")
-    if trained:
-        plot_training(trained, training_picture)
+    if trained_looks:
+        plot_training(trained_looks, training_picture)
     assert __doc__ is not None
     body = [
         "# Over-optimisation of a learned reward",
@@ -526,6 +620,19 @@ def main() -> None:
         "",
     ]
     body += [
+        "## Overfitted rewards",
+        "",
+        f"![own reward and verifier of the best of n]({overfitted_picture.name})",
+        "",
+        *tables(of_overfitted, powers),
+        *turns(of_overfitted, powers),
+    ]
+    for labels, (*alone, _) in names.items():
+        body += ["", f"Labels of seed {labels}:", *shared_errors(scores, alone)[1:]]
+    body += [
+        "",
+        "## Rewards stopped in time",
+        "",
         "Of the pairs of six prompts that they were not trained on, with noisy labels, the rewards "
         f"are right in {', '.join(f'{100 * a:.0f} % ({name})' for name, a in accuracy.items())}.",
         "",
@@ -536,9 +643,10 @@ def main() -> None:
         *shared_errors(scores, list(members)),
         "",
     ]
-    if trained:
+    body += ["## Training", ""]
+    if trained_looks:
         body += [f"![optimised reward and verifier over training]({training_picture.name})"]
-        body += training_table(trained)
+        body += training_table(trained_looks)
     else:
         body += ["Training was not run (--seeds 0)."]
     write_atomically(options.output, ("\n".join(body) + "\n").encode())

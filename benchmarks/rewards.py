@@ -14,11 +14,17 @@ same. The tables have the mean over seeds, and the lowest and highest seed.
 turned round, with plain likelihood and corrected for it; `shapes-clip` was trained on
 as many pairs with 10 % turned round. *Towers*: the recipe of `shapes-clip`
 (`configs/reward/shapes_clip.yaml`) and its data; seed 0 made the shipped one.
-*People*: 20 people give 60 or 150 votes each. u is the share of right attributes times
-0.8, plus a taste of 0.3, 0.6 or 1 for the preferred style for one half of them and
-minus as much for the other. One reward for all, against PAL with two prototypes, for
-each person's own u. Twelve new people give 2 to 16 votes, on random pairs or each on
-that of four pairs on which the 20 people disagree most by the PAL reward.
+*People*: two groups of people with opposite tastes. *Tints*: every image gets a warm
+or cool tint of a random strength up to 12 %, as in Pick-a-Filter (Chen et al. 2024).
+Images of which the verifier then reads another attribute are left out. u is the graded
+score plus 0.3 times the strength, warm for one half of the people and cool for the
+other; with a taste of 0 they agree. *Styles*: u is the share of right attributes times
+0.8, plus 0.3, 0.6 or 1 for the preferred style for one half and minus as much for the
+other. 20 people give 60 or 150 votes each, or 40 people 20 votes with 10 % turned
+round. One reward for all, against PAL with two prototypes, for each person's own u: its
+linear form, which is the default, and PAL-B. Twelve new people of the linear form give
+2 to 16 votes, on random pairs or each on that of four pairs on which the known people
+disagree most by the PAL reward.
 *Nuisance*: u is the graded score, plus six times the difference in mean brightness that
 the labels prefer. Accuracy is by the graded score. *Votes*: u is the graded score,
 without labels that are turned round. Pairs to vote on are taken at random, or each is
@@ -142,6 +148,41 @@ class World:
         )  # fmt: skip
 
 
+class Tinted(World):
+    """The images of a world with a warm or cool tint of a random strength each."""
+
+    STRENGTH = 0.12
+
+    def __init__(self, world: World) -> None:
+        vars(self).update(vars(world))
+        from PIL import Image
+
+        from diffalign.shapes.verifier import attribute_table
+
+        count = len(world.prompt)
+        before = np.stack([np.asarray(world.judgements.open(i)) for i in range(count)])
+        self.tint = np.random.default_rng(9).uniform(-1, 1, count)
+        factor = 1 + self.STRENGTH * self.tint[:, None] * np.array([1, 0, -1])
+        after = (before * factor[:, None, None]).clip(0, 255).round().astype(np.uint8)
+        texts = [world.judgements.prompts[p] for p in world.prompt]
+        read = [
+            attribute_table([Image.fromarray(each) for each in pixels], texts)
+            for pixels in (before, after)
+        ]
+        self.same = np.array([one == other for one, other in zip(*read, strict=True)])
+        self.judgements = Judgements(
+            world.judgements.prompts,
+            [f"tinted-{self.STRENGTH}-{i}" for i in range(count)],
+            lambda i: Image.fromarray(after[i]),
+        )
+        self.features = embed(self.base, self.judgements, self.cache)
+
+    def pairs(self, held_out: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        first, second = super().pairs(held_out)
+        same = self.same[first] & self.same[second]
+        return first[same], second[same]
+
+
 def drawn_labels(lead: Array, noise: np.random.Generator, flips: float = 0.0) -> Array:
     wins = noise.random(len(lead)) < 1 / (1 + np.exp(-lead / TEMPERATURE))
     return (wins ^ (noise.random(len(lead)) < flips)).astype(np.float64)
@@ -254,27 +295,52 @@ def trained_towers(world: World, work: Path, seed: int) -> dict[str, float]:
 
 
 def people(world: World, seed: int) -> dict[str, float]:
-    return {
-        f"taste {taste:g}, {votes} votes: {name}": value
+    tinted = Tinted(world)
+    of_tints = {
+        f"{name}: {row}": value
+        for name, taste, users, votes, flips in (
+            ("tints, 20 people, 60 votes", 0.3, 20, 60, 0.0),
+            ("tints, 40 people, 20 votes", 0.3, 40, 20, 0.1),
+            ("tints, taste 0, 20 people, 60 votes", 0.0, 20, 60, 0.0),
+        )
+        for row, value in of_people(
+            tinted, seed, tinted.score, taste * tinted.tint, users, votes, flips
+        ).items()
+    }
+    return of_tints | {
+        f"styles, taste {taste:g}, 20 people, {votes} votes: {row}": value
         for taste, votes in ((0.3, 60), (0.6, 60), (1.0, 150))
-        for name, value in of_taste(world, seed, taste, votes).items()
+        for row, value in of_people(
+            world, seed, world.right / 5 * 0.8, taste * world.style, 20, votes
+        ).items()
     }
 
 
-def of_taste(world: World, seed: int, taste: float, votes: int) -> dict[str, float]:
+def of_people(
+    world: World,
+    seed: int,
+    agreed: Array,
+    taste: Array,
+    users: int,
+    votes: int,
+    flips: float = 0.0,
+) -> dict[str, float]:
+    """What rewards reach for people who like `agreed` plus or minus `taste`."""
     noise = np.random.default_rng(100 + seed)
     first, second = world.pairs(False)
-    users = 20
     newcomers = range(users, users + 12)
     signs = np.where(np.arange(users + len(newcomers)) % 2, -1.0, 1.0)
 
     def utility(user: int) -> Array:
-        return world.right / 5 * 0.8 + signs[user] * taste * world.style
+        return agreed + signs[user] * taste
+
+    def answers_of(user: int, rows: Any = slice(None)) -> Array:
+        u = utility(user)
+        return drawn_labels(u[first[rows]] - u[second[rows]], noise, flips)
 
     def vote(user: int, count: int) -> tuple[Array, Array, Array]:
         rows = noise.choice(len(first), count, replace=False)
-        u = utility(user)
-        return first[rows], second[rows], drawn_labels(u[first[rows]] - u[second[rows]], noise)
+        return first[rows], second[rows], answers_of(user, rows)
 
     parts = [vote(user, votes) for user in range(users)]
     a, b, label = (np.concatenate([part[i] for part in parts]) for i in range(3))
@@ -283,6 +349,7 @@ def of_taste(world: World, seed: int, taste: float, votes: int) -> dict[str, flo
     data = world.judged(a, b, label, judges, names)
     one, trainer, _ = fitted(world, data, seed)
     pal, _, _ = fitted(world, data, seed, head="pal")
+    pal_b, _, _ = fitted(world, data, seed, head="pal", pal_form="b")
     known = [
         fitted(world, data.rows(np.flatnonzero(signs[judges] == sign)), seed)[0]
         for sign in (1.0, -1.0)
@@ -291,12 +358,13 @@ def of_taste(world: World, seed: int, taste: float, votes: int) -> dict[str, flo
     rows = (
         "one reward",
         "one reward per group, if the groups were known",
-        "PAL",
-        "share of people in the right group",
+        "PAL, linear",
+        "PAL-B",
+        "share of people in the right group, PAL, linear",
     )
     found: dict[str, list[float]] = {row: [] for row in rows}
-    weights = pal.logits.detach().softmax(1)
-    agrees = (weights.argmax(1).numpy() == (signs[:users] > 0)).mean()
+    logits = pal.logits.detach()
+    agrees = (logits.softmax(1).argmax(1).numpy() == (signs[:users] > 0)).mean()
     for user in range(users):
         lead = utility(user)[x] - utility(user)[y]
         pairs.user = torch.full_like(pairs.user, user)
@@ -304,18 +372,17 @@ def of_taste(world: World, seed: int, taste: float, votes: int) -> dict[str, flo
             (rows[0], margins_of(one, pairs).mean(1)),
             (rows[1], margins_of(known[0 if signs[user] > 0 else 1], pairs).mean(1)),
             (rows[2], pal_margins(pal, pairs)),
+            (rows[3], pal_margins(pal_b, pairs)),
         ):
             found[row].append(right_share(margins, lead, world.prompt[x]))
-    found[rows[3]] = [max(agrees, 1 - agrees)]
-    logits = pal.logits.detach()
-
+    found[rows[4]] = [max(agrees, 1 - agrees)]
     pool = trainer._pairs(world.judged(first, second, np.ones(len(first))), world.features)
     on_pool, on_held_out = (pal.margins(of.first, of.second, of.text) for of in (pool, pairs))
     by_person = torch.stack([on_pool(row) for row in logits.softmax(1)], 1)
     doubts = disagreement(by_person).numpy()
     for user in newcomers:
         u = utility(user)
-        answers = drawn_labels(u[first] - u[second], noise)
+        answers = answers_of(user)
         signed = torch.from_numpy(np.where(answers > 0.5, 1.0, -1.0))
         fours = noise.permutation(len(first))[: 4 * 16].reshape(16, 4)
         for name, asked in (

@@ -48,7 +48,7 @@ class RewardConfig(LoopConfig):
     (see the section `lora`) and full train the towers as well."""
     head: Literal["bradley_terry", "pal"] = "bradley_terry"
     """bradley_terry is one reward for everybody. pal has users with tastes of their own
-    (arXiv 2406.08469)."""
+    (arXiv 2406.08469), see `pal_form`."""
     loss: Literal["pairs", "plackett_luce", "thumbs", "ratings", "quantiles"] = "pairs"
     """Of a bradley_terry head on frozen towers. pairs: every two images of a prompt.
     plackett_luce: whole lists. thumbs: likes and dislikes one by one, with a bias per
@@ -60,12 +60,15 @@ class RewardConfig(LoopConfig):
     """Heads of an ensemble, each fitted to other draws of the prompts."""
     prototypes: Annotated[int, count(1, 64)] = 2
     """PAL's number of tastes."""
-    pal_form: Literal["a", "b"] = "b"
-    """b: a person's ideal point depends on the prompt, and the score is a cosine
-    (PAL-B). a: it is the same for all prompts, and the score is the distance from it
-    (PAL-A), for tastes that have nothing to do with the prompt."""
+    pal_form: Literal["linear", "a", "b"] = "linear"
+    """linear: a linear reward for everybody, to which a person's taste in images is
+    added, whatever the prompt; it is fitted in seconds, needs the fewest votes, and is
+    one reward where people do not differ. b: a person's ideal point depends on the
+    prompt, and the score is a cosine (PAL-B). a: it is the same for all prompts, and
+    the score is the distance from it alone (PAL-A)."""
     user_hidden: Annotated[int, count(0, 65_536, "0 or more")] = 0
-    """Width of PAL's networks. 0 is linear, which suits less than about 5,000 pairs."""
+    """Width of the networks of PAL-A and PAL-B. 0 is linear, which suits less than
+    about 5,000 pairs."""
     flip_rate: _Share = 0.0
     """Share of labels that are wrong. The likelihood is corrected for it."""
     smoothing: _Share = 0.0
@@ -97,9 +100,11 @@ class RewardConfig(LoopConfig):
     l2: Annotated[float, Range(0.0, 1e6)] | None = None
     """Pull of a head's weights to 0. null chooses the best of 1e-4 to 10: a linear head
     of at most 5,000 pairs by cross-validation over the training prompts, others by the
-    validation pairs. For PAL it is the better of 0.3 and 1 by the validation pairs."""
+    validation pairs. PAL-A and PAL-B take the better of 0.3 and 1 by the validation
+    pairs. The linear form has another pull for tastes, which is chosen by
+    cross-validation, too."""
     learning_rate: Positive[float] | None = None  # type: ignore[assignment]
-    """null is 1e-3 for a head with a hidden layer, 1e-2 for a linear PAL, 1e-4 for a
+    """null is 1e-3 for a head with a hidden layer, 1e-2 for PAL without one, 1e-4 for a
     LoRA of the towers, and 3e-6 for full towers, as in PickScore's code."""
     val: _Part = 0.1
     """Share of prompts that choose between steps and penalties."""
@@ -160,14 +165,18 @@ class RewardConfig(LoopConfig):
                         f"{shown(getattr(self, name))} is for trained towers, and towers is "
                         "frozen; set towers: lora or full, or leave it out",
                     )
-            if self.head == "bradley_terry" and not self.hidden:
+            is_linear_pal = self.head == "pal" and self.pal_form == "linear"
+            if is_linear_pal and self.user_hidden:
+                raise ConfigError("user_hidden", "is for pal_form a and b; leave it out")
+            if is_linear_pal or (self.head == "bradley_terry" and not self.hidden):
+                remedy = "pal_form: b" if is_linear_pal else "hidden"
                 usual = {"max_steps": (None,), "learning_rate": (None, self._usual_rate())}
                 for name, values in usual.items():
                     if getattr(self, name) not in values:
                         raise ConfigError(
                             name,
                             "has no effect on a linear head, which L-BFGS fits to convergence; "
-                            "leave it out, or set hidden",
+                            f"leave it out, or set {remedy}",
                         )
             return
         if self.head == "pal":

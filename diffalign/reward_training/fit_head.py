@@ -86,7 +86,7 @@ def fit_head(
     """
     candidates = [config.l2] if config.l2 is not None else list(PENALTIES)
     if len(candidates) > 1 and not config.hidden and len(train) <= MOST_FOLDED:
-        folded = _cross_validated(train, config, items, groups)
+        folded = cross_validated_penalty(train, config, items, groups)
         candidates = candidates if folded is None else [folded]
     best: tuple[float, RewardHead, float, list[float]] | None = None
     for penalty in candidates:
@@ -151,12 +151,13 @@ def weight_covariance(
     return posterior_covariance(directions, information, prior)
 
 
-def folds_of(groups: Tensor, seed: int) -> Tensor:
-    """Spread groups over `FOLDS` folds.
+def folds_of(groups: Tensor, seed: int, count: int = FOLDS) -> Tensor:
+    """Spread groups over folds.
 
     Args:
         groups (`Tensor`): Group of each pair, (n,).
         seed (`int`): Seed of the order.
+        count (`int`, *optional*, defaults to `FOLDS`): Number of folds.
 
     Returns:
         `Tensor`: Fold of each pair, (n,). Fewer groups make fewer folds.
@@ -164,15 +165,16 @@ def folds_of(groups: Tensor, seed: int) -> Tensor:
     names, place = groups.unique(return_inverse=True)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     fold_of = torch.empty(len(names), dtype=torch.long)
-    fold_of[order] = torch.arange(len(names)) % FOLDS
+    fold_of[order] = torch.arange(len(names)) % count
     return fold_of[place]
 
 
-def _cross_validated(
+def cross_validated_penalty(
     train: Pairs, config: RewardConfig, items: Items | None, groups: Tensor | None
 ) -> float | None:
-    """Return the penalty that suits prompts which were not fitted best. None if there
-    are too few prompts.
+    """Return the penalty of a linear head that suits prompts it has not seen best.
+
+    None if there are too few prompts. Arguments as `fit_head`.
     """
     one = dataclasses.replace(config, members=1)
     if groups is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rewards.learned.heads import PalHead
+from ..rewards.learned.heads import PalHead, UserHead
 from ..rewards.scorers.trained import EVERYBODY
 from ..runtime.progress import progress_bar
 from .config import RewardConfig
@@ -64,7 +64,9 @@ def fit_pal(
     return best[1:]
 
 
-def taste_logits(pairs: Pairs, users: int, prototypes: int) -> Tensor:
+def taste_logits(
+    pairs: Pairs, users: int, prototypes: int, expected: Tensor | None = None
+) -> Tensor:
     """Group users by the mean difference of what they prefer and what they reject.
 
     The differences are whitened, since directions in which images of a prompt differ
@@ -75,6 +77,9 @@ def taste_logits(pairs: Pairs, users: int, prototypes: int) -> Tensor:
         pairs (`Pairs`): Pairs with users.
         users (`int`): Number of users.
         prototypes (`int`): K.
+        expected (`Tensor`, *optional*): Probability that the first image is preferred,
+            by what all users agree on, (n,). Only what departs from it counts. None is
+            a half.
 
     Returns:
         `Tensor`: Logits of each user's prototypes, (users, K).
@@ -86,6 +91,8 @@ def taste_logits(pairs: Pairs, users: int, prototypes: int) -> Tensor:
     white = differences @ vectors / (values + floor).sqrt()
     known = (pairs.user >= 0) & (pairs.label != 0.5)
     sign = torch.where(pairs.label > 0.5, 1.0, -1.0).to(white)
+    if expected is not None:
+        sign = sign - (2 * expected - 1)
     means = torch.zeros(users, white.shape[1], dtype=white.dtype)
     counts = torch.zeros(users, dtype=white.dtype)
     means.index_add_(0, pairs.user[known], (sign[:, None] * white)[known])
@@ -157,7 +164,7 @@ def _fit_pal_once(
     return reached, head, {"step": float(best[2])}
 
 
-def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:
+def pal_margins(head: UserHead, pairs: Pairs) -> Tensor:
     """Compute the margins of all pairs for their judges. Unknown judges get the mean
     user.
     """
@@ -167,7 +174,7 @@ def pal_margins(head: PalHead, pairs: Pairs) -> Tensor:
     return margins_of_scores(_pal_scores(head, pairs, table[pairs.user]))
 
 
-def mean_user_scores(head: PalHead, pairs: Pairs) -> Tensor:
+def mean_user_scores(head: UserHead, pairs: Pairs) -> Tensor:
     """Compute the scores of both images of all pairs by the mean user, (n, 2)."""
     everyone = head.logits.softmax(1).mean(0)
     return _pal_scores(head, pairs, everyone.expand(len(pairs), -1))
@@ -175,12 +182,12 @@ def mean_user_scores(head: PalHead, pairs: Pairs) -> Tensor:
 
 @torch.no_grad()
 def user_scales(
-    head: PalHead, pairs: Pairs, users: Sequence[str], temperature: float
+    head: UserHead, pairs: Pairs, users: Sequence[str], temperature: float
 ) -> dict[str, list[float]]:
     """Return the scale of the reward for every user, and for the worst-off one.
 
     Args:
-        head (`PalHead`): The trained head.
+        head (`UserHead`): The trained head.
         pairs (`Pairs`): n pairs.
         users (`Sequence[str]`): Names, in the order of the head's weights.
         temperature (`float`): Multiplies the scores.
@@ -196,6 +203,6 @@ def user_scales(
     return scales
 
 
-def _pal_scores(head: PalHead, pairs: Pairs, weights: Tensor) -> Tensor:
+def _pal_scores(head: UserHead, pairs: Pairs, weights: Tensor) -> Tensor:
     both = (head.score(image, pairs.text, weights) for image in (pairs.first, pairs.second))
     return torch.stack(list(both), 1)

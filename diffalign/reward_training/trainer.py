@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UserError
-from ..rewards.learned.heads import FactorHead, PalHead, RewardHead
+from ..rewards.learned.heads import FactorHead, RewardHead, UserHead
 from ..rewards.learned.pal import fit_new_user
 from ..rewards.learned.tower_weights import TOWERS, lora_facts, trained_state
 from ..rewards.registry import find_class, load_scorer
@@ -42,6 +42,7 @@ from .categories import pair_categories
 from .config import RewardConfig
 from .features import Features, check_base, embed, pair_nuisances
 from .fit_head import fit_head, margins_of, member_means, weight_covariance
+from .fit_linear_pal import fit_linear_pal
 from .fit_pal import fit_pal, mean_user_scores, pal_margins, user_scales
 from .item_losses import check_opinions
 from .judgements import (
@@ -334,9 +335,9 @@ class RewardTrainer:
         counts: dict[str, float] = {}
         if args.label_strength:
             train, counts = strengthen(train, val, self.groups, args)
-        head: RewardHead | PalHead
+        head: RewardHead | UserHead
         if args.head == "pal":
-            head, chosen = fit_pal(train, val, len(self.judgements.users), args)
+            head, chosen = self._fit_users(train, val)
         else:
             items = None
             if args.loss != "pairs":
@@ -353,7 +354,7 @@ class RewardTrainer:
         with torch.no_grad():
             margins = temperature * self._margins(head, test)
             leads = test.base[:, 0] - test.base[:, 1]
-            if isinstance(head, PalHead):  # without a name the mean user scores
+            if isinstance(head, UserHead):  # without a name the mean user scores
                 plain = mean_user_scores(head, train)
             else:
                 plain = member_means(head, train)
@@ -369,14 +370,14 @@ class RewardTrainer:
             pair_categories(self.held_out),
             args.flip_rate,
         )
-        if isinstance(head, PalHead):
+        if isinstance(head, UserHead):
             with torch.no_grad():
                 by_mean_user = margins_of_scores(mean_user_scores(head, test))
             report["mean_user"] = accuracy(by_mean_user, test.label, test.prompt)
         described = self._described(head, train.first.shape[1])
         facts = self._facts(described, temperature, chosen | counts)
         facts["affine"] = affine
-        if isinstance(head, PalHead):
+        if isinstance(head, UserHead):
             facts["affine_of_users"] = user_scales(head, train, self.judgements.users, temperature)
         covariance = None
         if isinstance(head, RewardHead):
@@ -445,6 +446,19 @@ class RewardTrainer:
         # Last, because it makes the folder a reward.
         write_facts(self.folder, facts)
 
+    def _fit_users(self, train: Pairs, val: Pairs) -> tuple[UserHead, dict[str, float]]:
+        """Fit a PAL head."""
+        args, users = self.args, len(self.judgements.users)
+        if args.pal_form != "linear":
+            return fit_pal(train, val, users, args)
+        head, chosen = fit_linear_pal(train, users, args, self.groups)
+        if not chosen["taste_gain"]:
+            self.judgements.notes.append(
+                f"WARNING: no tastes found among {users} people: reading them from their votes "
+                "does not predict other votes better than one reward does, so all of them have one"
+            )
+        return head, chosen
+
     @torch.no_grad()
     def _score(self, image: Tensor, text: Tensor) -> Tensor:
         base: Any = self.base
@@ -456,16 +470,16 @@ class RewardTrainer:
     def _pairs(self, part: Judgements, features: Features) -> Pairs:
         return make_pairs(part, features, self._score, self.args.prompt_weights)
 
-    def _margins(self, head: RewardHead | PalHead, pairs: Pairs) -> Tensor:
-        if isinstance(head, PalHead):
+    def _margins(self, head: RewardHead | UserHead, pairs: Pairs) -> Tensor:
+        if isinstance(head, UserHead):
             return pal_margins(head, pairs)
         return margins_of(head, pairs).mean(1)
 
-    def _described(self, head: RewardHead | PalHead, dim: int) -> dict[str, Any]:
+    def _described(self, head: RewardHead | UserHead, dim: int) -> dict[str, Any]:
         """Return what rebuilds the head."""
         args, data = self.args, self.judgements
         described: dict[str, Any] = {"kind": args.head, "dim": dim}
-        if isinstance(head, PalHead):
+        if isinstance(head, UserHead):
             described |= {
                 "users": data.users,
                 "prototypes": args.prototypes,
@@ -517,7 +531,7 @@ class RewardTrainer:
 
     def _write(
         self,
-        head: RewardHead | PalHead,
+        head: RewardHead | UserHead,
         facts: dict[str, Any],
         report: dict[str, Any],
         covariance: Tensor | None,
@@ -533,7 +547,7 @@ class RewardTrainer:
             write_report(temporary, report, facts)
 
 
-def _write_head(head: RewardHead | PalHead | FactorHead, folder: Path) -> None:
+def _write_head(head: RewardHead | UserHead | FactorHead, folder: Path) -> None:
     state = {name: value.detach().float().contiguous() for name, value in head.state_dict().items()}
     save_tensors(state, folder / WEIGHTS)
 
@@ -582,7 +596,7 @@ def add_user(
     reward = TrainedReward(folder, device="cpu")
     features = embed(reward.base, data, None)
     head = reward.head
-    assert isinstance(head, PalHead)
+    assert isinstance(head, UserHead)
     head = head.double()
     with torch.no_grad():
         images = [features.image[torch.from_numpy(rows)] for rows in (data.first, data.second)]

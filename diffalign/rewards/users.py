@@ -142,12 +142,12 @@ class RewardTaste:
     """
 
     def __init__(self, folder: str) -> None:
-        from .learned.heads import PalHead
+        from .learned.heads import UserHead
         from .scorers.trained import TrainedReward
 
         self.reward = TrainedReward(folder, device="cpu")
         self.name = f"reward:{folder}"
-        if not isinstance(self.reward.head, PalHead):
+        if not isinstance(self.reward.head, UserHead):
             raise ConfigError(
                 "user_embeddings", f"{folder} is a reward without users; name one of head: pal"
             )

@@ -108,7 +108,7 @@ def test_the_card_of_a_reward_with_users_tells_the_mean_user(tmp_path: Path) -> 
     assert "| the mean user | 50.0%" in text and "The mean user is not better than" in text
     assert "WARNING" not in text
     nameless = [{k: v for k, v in row.items() if k != "user_id"} for row in held_out]
-    args = config(tmp_path / "nameless", head="pal", max_steps=1)
+    args = config(tmp_path / "nameless", head="pal", pal_form="b", max_steps=1)
     text = (RewardTrainer("shapes-clip", args, data, nameless).train() / "README.md").read_text()
     assert "- WARNING: 24 of 24 judgements of the evaluation name no person" in text
     # Scores on the declared scale have mean 0 and deviation 1, roughly.
@@ -260,7 +260,7 @@ def test_a_new_user_has_the_columns_of_the_reward(tmp_path: Path) -> None:
         for row in rows(20, number == 0, None, 100 * number)
     ]
     columns = {"prompt": "text", "chosen": "good", "rejected": "bad"}
-    args = config(tmp_path / "pal", head="pal", max_steps=20)
+    args = config(tmp_path / "pal", head="pal", pal_form="b", max_steps=20)
     folder = RewardTrainer("shapes-clip", args, renamed, columns=columns).train()
     new = [{key: row[key] for key in ("text", "good", "bad")} for row in renamed[:4]]
     add_user(folder, "zoe", new)

@@ -124,7 +124,7 @@ def people(users: int, votes: int, first: int = 0) -> list[Any]:
     return data
 
 
-@pytest.mark.parametrize("form", ["a", "b"])
+@pytest.mark.parametrize("form", ["linear", "a", "b"])
 def test_users_of_two_tastes(form: str, tmp_path: Path) -> None:
     data = people(6, 12)
     shared = RewardTrainer("shapes-clip", config(tmp_path / "shared", split_seed=1), data).train()

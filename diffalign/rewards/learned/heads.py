@@ -142,7 +142,109 @@ class FactorHead(nn.Module):
         return self.log_factor.exp() * base
 
 
-class PalHead(nn.Module):
+class UserHead(nn.Module):
+    """A head whose users have weights of prototypes of their own.
+
+    Attributes:
+        logits (`nn.Parameter`): Of each user's weights, (users, K).
+    """
+
+    logits: nn.Parameter
+
+    def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+        """Score images for users.
+
+        Args:
+            image (`Tensor`): (n, d).
+            text (`Tensor`): (n, d).
+            weights (`Tensor`): Weights of the prototypes, (n, K).
+
+        Returns:
+            `Tensor`: (n,).
+        """
+        raise NotImplementedError
+
+    def margins(
+        self, first: Tensor, second: Tensor, text: Tensor, temperature: float = 1.0
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function that gives a user's margins of pairs, for `fit_new_user`.
+
+        The function is differentiable in the weights, and in nothing else.
+
+        Args:
+            first, second (`Tensor`): Images of the pairs, (n, d).
+            text (`Tensor`): Their prompts, (n, d).
+            temperature (`float`, *optional*, defaults to `1.0`): Multiplies the
+                margins.
+
+        Returns:
+            `Callable`: Of weights of the prototypes (K,). Returns (n,), float64.
+        """
+        raise NotImplementedError
+
+
+class LinearPalHead(UserHead):
+    """One linear reward for everybody, and tastes that are added to it.
+
+    The score is factor * cosine + shared @ features + sum_k w_uk taste_k @ image. It is
+    PAL (arXiv 2406.08469) with ideal points compared by a product, beside a reward of
+    what all users agree on. Without tastes it is a linear `RewardHead`.
+
+    Args:
+        dim (`int`): Size of an embedding.
+        users (`int`): Number of users.
+        prototypes (`int`): K.
+    """
+
+    def __init__(self, dim: int, users: int, prototypes: int) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(()))
+        self.shared = nn.Parameter(torch.zeros(2 * dim + 1))
+        self.tastes = nn.Parameter(torch.zeros(prototypes, dim))
+        self.logits = nn.Parameter(torch.zeros(users, prototypes))
+        # Where the features lie, so that one penalty suits all of them.
+        self.register_buffer("mean", torch.zeros(2 * dim + 1))
+        self.register_buffer("deviation", torch.ones(2 * dim + 1))
+
+    def standardise(self, image: Tensor, text: Tensor) -> None:
+        """Set where the features of images and their prompts lie, (n, d) each."""
+        features = pair_features(image, text)
+        self.get_buffer("mean").copy_(features.mean(0))
+        self.get_buffer("deviation").copy_(features.std(0, correction=0).clamp(min=1e-6))
+
+    def parts(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the score is linear in.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: The cosines (n,), and the standardised
+            `pair_features` (n, 2 d + 1), which begin with the image.
+        """
+        features = pair_features(image, text)
+        return features[:, -1], (features - self.get_buffer("mean")) / self.get_buffer("deviation")
+
+    def by_prototype(self, image: Tensor, text: Tensor) -> Tensor:
+        """Score images by every prototype alone, (n, K)."""
+        cosine, features = self.parts(image, text)
+        everybody = self.log_factor.exp() * cosine + features @ self.shared
+        return everybody[:, None] + features[:, : self.tastes.shape[1]] @ self.tastes.T
+
+    def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
+        """See `UserHead.score`."""
+        return (weights * self.by_prototype(image, text)).sum(-1)
+
+    def margins(
+        self, first: Tensor, second: Tensor, text: Tensor, temperature: float = 1.0
+    ) -> Callable[[Tensor], Tensor]:
+        """See `UserHead.margins`."""
+        sides = [
+            self.by_prototype(image.to(self.logits), text.to(self.logits)).detach().double()
+            for image in (first, second)
+        ]
+        by_prototype = temperature * (sides[0] - sides[1])
+        return lambda weights: by_prototype @ weights
+
+
+class PalHead(UserHead):
     """PAL over the embeddings: scores by the mixture of prototypes of each user.
 
     f and g_k are residual networks of standardised embeddings. In PAL-B a prototype is
@@ -207,16 +309,7 @@ class PalHead(nn.Module):
         return item, torch.stack([text + network(prompt) for network in self.prompts], 1)
 
     def score(self, image: Tensor, text: Tensor, weights: Tensor) -> Tensor:
-        """Score images for users.
-
-        Args:
-            image (`Tensor`): (n, d).
-            text (`Tensor`): (n, d).
-            weights (`Tensor`): Weights of the prototypes, (n, K).
-
-        Returns:
-            `Tensor`: (n,).
-        """
+        """See `UserHead.score`."""
         items, prototypes = self.by_prototype(image, text)
         return self._scored(items, pal_b_points(prototypes, weights), self.log_scale)
 
@@ -229,19 +322,7 @@ class PalHead(nn.Module):
     def margins(
         self, first: Tensor, second: Tensor, text: Tensor, temperature: float = 1.0
     ) -> Callable[[Tensor], Tensor]:
-        """Return the function that gives a user's margins of pairs, for `fit_new_user`.
-
-        The function is differentiable in the weights, and in nothing else.
-
-        Args:
-            first, second (`Tensor`): Images of the pairs, (n, d).
-            text (`Tensor`): Their prompts, (n, d).
-            temperature (`float`, *optional*, defaults to `1.0`): Multiplies the
-                margins.
-
-        Returns:
-            `Callable`: Of weights of the prototypes (K,). Returns (n,), float64.
-        """
+        """See `UserHead.margins`."""
         sides = []
         for image in (first, second):
             items, points = self.by_prototype(image.to(self.logits), text.to(self.logits))

@@ -19,7 +19,14 @@ from ...runtime.protocols import DeviceLike, DtypeLike
 from ...runtime.weight_files import loading_errors
 from ..base import Scorer
 from ..images import Images, read_images
-from ..learned.heads import QUANTILES, FactorHead, PalHead, RewardHead
+from ..learned.heads import (
+    QUANTILES,
+    FactorHead,
+    LinearPalHead,
+    PalHead,
+    RewardHead,
+    UserHead,
+)
 from ..learned.tower_weights import TOWERS, load_towers
 from ..model_scorer import ModelScorer
 from ..scoring import ScoreResult
@@ -137,7 +144,7 @@ class TrainedReward(ModelScorer):
 
     def _weights(self, user: str | Mapping[str, float] | None) -> Tensor | None:
         """Weights of the prototypes, (K,)."""
-        if not isinstance(self.head, PalHead):
+        if not isinstance(self.head, UserHead):
             return None
         shares = self.head.logits.softmax(1)
         if user is None:
@@ -348,12 +355,12 @@ class TrainedReward(ModelScorer):
         Raises:
             UserError: the reward has no users.
         """
-        if not isinstance(self.head, PalHead):
+        if not isinstance(self.head, UserHead):
             raise UserError(f"{self.folder} is a reward without users")
         _, image, text = self._features(images, list(prompts))
         return self.temperature * self._by_user(self.head, image, text).cpu()
 
-    def _by_user(self, head: PalHead, image: Tensor, text: Tensor) -> Tensor:
+    def _by_user(self, head: UserHead, image: Tensor, text: Tensor) -> Tensor:
         # Users of the training alone: later ones change no score of others.
         shares = head.logits.softmax(1)[: self.facts["head"]["trained_users"]]
         columns = [head.score(image, text, row.expand(len(image), -1)) for row in shares]
@@ -363,7 +370,7 @@ class TrainedReward(ModelScorer):
         """Return the scores by every member, (n, members)."""
         if isinstance(self.head, RewardHead):
             return self.head(base.to(image.dtype), image, text)
-        assert isinstance(self.head, PalHead)
+        assert isinstance(self.head, UserHead)
         if self.weights is not None:
             return self.head.score(image, text, self.weights.expand(len(image), -1))[:, None]
         return self._by_user(self.head, image, text).min(1).values[:, None]
@@ -441,13 +448,16 @@ def class_of(folder: str | Path) -> type[TrainedReward]:
     return OfFolder
 
 
-def build_head(facts: Mapping[str, Any]) -> RewardHead | PalHead | FactorHead:
+def build_head(facts: Mapping[str, Any]) -> RewardHead | UserHead | FactorHead:
     """Build the head that a folder describes, without its weights."""
     if facts["kind"] == "factor":
         return FactorHead()
     if facts["kind"] == "pal":
-        sizes = facts["dim"], len(facts["users"]), facts["prototypes"], facts["hidden"]
-        return PalHead(*sizes, facts.get("form", "b"))
+        sizes = facts["dim"], len(facts["users"]), facts["prototypes"]
+        form = facts.get("form", "b")
+        if form == "linear":
+            return LinearPalHead(*sizes)
+        return PalHead(*sizes, facts["hidden"], form)
     kinds = bool(facts.get("quantiles")), bool(facts.get("joint"))
     return RewardHead(facts["dim"], facts["members"], facts["hidden"], *kinds)
 
