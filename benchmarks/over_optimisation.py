@@ -16,13 +16,15 @@ training prompts, labels drawn as for `benchmarks/rewards.py`, a quarter of them
 round. Their base is a CLIP that has seen captions and no preference. A judge turns at
 the n at which the verifier of its picks is highest: harder picking makes them worse.
 
-*Overfitted rewards*: all weights are trained for 600 steps of 8 prompts at a learning
-rate of 1e-3 or 7e-4, and the last step counts, so they learn the wrong labels by heart.
-The labels are drawn three times. For each of these draws there are --overfitted
-rewards, which differ in seed and learning rate. The judges: each of them alone (the
-mean over them is shown); the mean of their scores, their mean less one standard
-deviation, and the lowest of them, each on the scale of the base's images; and the
-average of their weights (WARM, `diffalign reward average`).
+*Overfitted rewards*: all weights are trained for 300 steps of 8 prompts at a learning
+rate of 5e-4 or 4e-4, and the last step counts, so they learn wrong labels by heart. The
+labels are drawn three times. For each draw there are four rewards of all preferences,
+and --overfitted rewards that saw a half of the prompts each (`train.subsample: 0.5`);
+they differ in seed and learning rate. The judges: each reward of all preferences alone
+(the mean over them is shown), the mean of their scores, and the average of their
+weights (WARM, `diffalign reward average`); of the rewards of halves each alone, the
+mean, the mean less one standard deviation and the lowest of their scores, and the
+average of their weights. Scores are on the scale of the base's images.
 
 *Rewards stopped in time*: one draw of labels, --members rewards of 200 steps at 5e-4 or
 3e-4, of which the step with the best validation loss counts, as is usual. The further
@@ -83,9 +85,10 @@ TOWERS: dict[str, Any] = {
     "warmup_steps": 20,
     "per_device_train_batch_size": 8,
 }
-OVERFITTED: dict[str, Any] = TOWERS | {"max_steps": 600, "eval_steps": 600}
-OVERFITTED_RATES = (1e-3, 7e-4)
-LABELS, OVERFITTED_LABELS = 7, (11, 12, 13)  # seeds of the drawn labels
+OVERFITTED: dict[str, Any] = TOWERS | {"max_steps": 300, "eval_steps": 300}
+OVERFITTED_RATES = (5e-4, 4e-4)
+OF_ALL = 4  # overfitted rewards of all preferences
+LABELS, OVERFITTED_LABELS = 7, (31, 32, 33)  # seeds of the drawn labels
 EVERY = 25  # steps of the training against them
 WARM = "average of the weights"
 OTHERS = {
@@ -131,24 +134,27 @@ def learned_from_few(work: Path, members: int) -> dict[str, Path]:
     }
 
 
-def overfitted(work: Path, members: int) -> dict[int, list[Path]]:
-    """Seed of the labels -> folders of its rewards, and last of their average."""
+def overfitted(work: Path, members: int) -> dict[tuple[str, int], list[Path]]:
+    """What they saw and the seed of the labels -> folders, the last of the average."""
     rewards = {}
     for labels in OVERFITTED_LABELS:
         base, data = few_preferences(work, labels)
-        folders = [
-            trained(
-                work / "rewards" / f"overfitted-{labels}-{seed}",
-                base,
-                data,
-                seed=100 * labels + seed,
-                learning_rate=OVERFITTED_RATES[seed % len(OVERFITTED_RATES)],
-                **OVERFITTED,
-            )
-            for seed in range(members)
-        ]
-        average = work / "rewards" / f"overfitted-{labels}-average"
-        rewards[labels] = [*folders, averaged(folders, average, data)]
+        for saw, share, count in (("all", 1.0, OF_ALL), ("half", 0.5, members)):
+            place = work / "rewards" / f"overfitted-{saw}-{labels}"
+            folders = [
+                trained(
+                    place.with_name(f"{place.name}-{seed}"),
+                    base,
+                    data,
+                    seed=100 * labels + seed,
+                    learning_rate=OVERFITTED_RATES[seed % len(OVERFITTED_RATES)],
+                    subsample=share,
+                    **OVERFITTED,
+                )
+                for seed in range(count)
+            ]
+            average = averaged(folders, place.with_name(f"{place.name}-average"), data)
+            rewards[saw, labels] = [*folders, average]
     return rewards
 
 
@@ -262,27 +268,40 @@ def curve(judges: list[Array], verifier: Array, powers: list[int]) -> dict[str, 
 
 
 def overfitted_curves(
-    scores: dict[str, Array], rewards: dict[int, list[str]], powers: list[int]
+    scores: dict[str, Array], rewards: dict[tuple[str, int], list[str]], powers: list[int]
 ) -> dict[str, dict[str, Array]]:
     """Judge -> its curves, the mean over the draws of the labels.
 
     Args:
         scores: Of all rewards, by name.
-        rewards: Seed of the labels -> names of its rewards, the average last.
+        rewards: What they saw and the seed of the labels -> names, the average last.
         powers: The n.
     """
     units = {name: (values - values.mean()) / values.std() for name, values in scores.items()}
-    members = {labels: names[:-1] for labels, names in rewards.items()}
-    count = len(next(iter(members.values())))
-    judges = {ONE: [units[name] for names in members.values() for name in names]}
-    for name, method in (
-        (f"mean of {count}", "mean"),
-        (f"mean of {count} less one standard deviation", "mean_minus_std"),
-        (f"lowest of {count}", "min"),
-    ):
-        judges[name] = [combined(scores, names, method) for names in members.values()]
-    judges[WARM] = [units[names[-1]] for names in rewards.values()]
-    judges["verifier"] = [units["verifier"]]
+    of_all, of_halves = (
+        [names for (seen, _), names in rewards.items() if seen == saw] for saw in ("all", "half")
+    )
+    count, halves = len(of_all[0]) - 1, len(of_halves[0]) - 1
+
+    def each(sets: list[list[str]]) -> list[Array]:
+        return [units[name] for names in sets for name in names[:-1]]
+
+    def together(sets: list[list[str]], method: str) -> list[Array]:
+        return [combined(scores, names[:-1], method) for names in sets]
+
+    judges = {
+        ONE: each(of_all),
+        f"mean of {count}": together(of_all, "mean"),
+        f"weights of {count}, averaged": [units[names[-1]] for names in of_all],
+        "one reward of a half": each(of_halves),
+        f"mean of {halves} of halves": together(of_halves, "mean"),
+        f"mean of {halves} of halves less one standard deviation": together(
+            of_halves, "mean_minus_std"
+        ),
+        f"lowest of {halves} of halves": together(of_halves, "min"),
+        f"weights of {halves} of halves, averaged": [units[names[-1]] for names in of_halves],
+        "verifier": [units["verifier"]],
+    }
     return {name: curve(of, scores["verifier"], powers) for name, of in judges.items()}
 
 
@@ -594,7 +613,7 @@ def main() -> None:
     judges = {name: curve for name, curve in found.items() if name not in members}
     picture = options.output.with_suffix(".png")
     plot(judges, powers, picture)
-    names = {labels: [folder.name for folder in folders] for labels, folders in of_labels.items()}
+    names = {key: [folder.name for folder in folders] for key, folders in of_labels.items()}
     of_overfitted = overfitted_curves(scores, names, powers)
     overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
     plot(of_overfitted, powers, overfitted_picture)
@@ -627,8 +646,9 @@ def main() -> None:
         *tables(of_overfitted, powers),
         *turns(of_overfitted, powers),
     ]
-    for labels, (*alone, _) in names.items():
-        body += ["", f"Labels of seed {labels}:", *shared_errors(scores, alone)[1:]]
+    for (saw, labels), (*alone, _) in names.items():
+        seen = "all preferences" if saw == "all" else "a half of the prompts each"
+        body += ["", f"Labels of seed {labels}, {seen}:", *shared_errors(scores, alone)[1:]]
     body += [
         "",
         "## Rewards stopped in time",

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..training.loop_config import LoopConfig
 
 _Share = Annotated[float, Range(0.0, 0.5, below=True, words="a share from 0 to below 0.5")]
+_Sample = Annotated[float, Range(0.0, 1.0, above=True, words="a share above 0 and up to 1")]
 _Part = Annotated[float, Range(0.0, 0.5, words="a share from 0 to 0.5")]
 _Weight = Annotated[float, Range(0.0, 1e6)]
 _HEAD_SETTINGS = ("output_dir", "overwrite_output_dir", "seed", "max_steps", "learning_rate")
@@ -112,6 +113,12 @@ class RewardConfig(LoopConfig):
     """Share of prompts that the report is about."""
     split_seed: Seed = 0
     """Seed of the split. Rewards of other seeds are then measured on equal prompts."""
+    subsample: _Sample = 1.0
+    """Share of the training prompts that this reward sees, drawn by `seed`. Rewards that
+    saw different halves are wrong about different images, so the average of their
+    weights (`diffalign reward average`) or scores is worth more than that of rewards
+    which learned the same wrong labels. The heads of `members` are fitted to draws of
+    their own without it."""
     prompt_weights: bool = True
     """Every prompt counts the same, however many pairs it has."""
     cache: str | None = None

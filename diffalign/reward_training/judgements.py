@@ -96,6 +96,29 @@ class Judgements:
         part.opinions = self.opinions.rows(wanted[self.opinions.prompt])
         return part
 
+    def drawn_prompts(self, share: float, seed: int) -> Judgements:
+        """Return the pairs and opinions of a random share of the prompts.
+
+        Args:
+            share (`float`): Above 0 and up to 1. At least one prompt is drawn.
+            seed (`int`): Seed of the draw.
+
+        Raises:
+            UserError: None of their pairs is decided.
+        """
+        prompts = np.union1d(self.prompt, self.opinions.prompt)
+        count = max(1, round(share * len(prompts)))
+        drawn = np.random.default_rng(seed).permutation(prompts)[:count]
+        wanted = np.zeros(len(self.prompts), dtype=bool)
+        wanted[drawn] = True
+        part = self.of_prompts(wanted)
+        if not len(part) or bool((part.label == 0.5).all()):
+            raise UserError(
+                f"train.subsample: the {count} prompts that {share:g} of the training prompts are "
+                "have no decided pair; raise it, or leave it out"
+            )
+        return part
+
     def fingerprint(self) -> str:
         """Hash of prompts, images, labels and users."""
         digest = hashlib.sha256(json.dumps([self.prompts, self.images, self.users]).encode())

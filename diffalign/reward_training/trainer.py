@@ -135,6 +135,9 @@ class RewardTrainer:
         self.judgements = data = read_judgements(train_dataset, **options)
         test = self.args.test if eval_dataset is None else 0.0
         self.parts = split(data, self.args.val, test, self.args.split_seed)
+        if self.args.subsample < 1:
+            drawn = self.parts["train"].drawn_prompts(self.args.subsample, self.args.seed)
+            self.parts["train"] = drawn
         self._treat_ties()
         if self.args.label_strength:
             part = self.parts["train"]
@@ -400,6 +403,7 @@ class RewardTrainer:
             **({} if args.ties == "half" else {"ties": args.ties}),
             **({"labels": noise} if noise else {}),
             **({} if args.prompt_weights else {"prompt_weights": False}),
+            **({} if args.subsample == 1 else {"subsample": args.subsample}),
             "split": [args.val, args.test, args.split_seed, self.eval_fingerprint],
             "anchor": [
                 args.anchor,

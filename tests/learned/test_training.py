@@ -351,3 +351,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run([*score, str(tmp_path / "scores"), "--scorers", str(tmp_path / "reward")]) == 0
     assert run([*command, "--train.membres", "2"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_subsample_sees_a_share_of_the_training_prompts(tmp_path: Path) -> None:
+    """Other prompts for another seed, and the same ones for validation and test."""
+    data = rows(40)
+    whole = RewardTrainer("shapes-clip", config(tmp_path / "whole"), data)
+    halves = [
+        RewardTrainer(
+            "shapes-clip", config(tmp_path / f"half {seed}", subsample=0.5, seed=seed), data
+        )
+        for seed in (0, 1)
+    ]
+    seen = [set(half.parts["train"].prompt.tolist()) for half in halves]
+    everything = set(whole.parts["train"].prompt.tolist())
+    assert len(seen[0]) == len(seen[1]) == round(0.5 * len(everything))
+    assert seen[0] < everything and seen[1] < everything and seen[0] != seen[1]
+    for half in halves:
+        for name in ("val", "test"):
+            assert half.parts[name].fingerprint() == whole.parts[name].fingerprint()
+    again = RewardTrainer("shapes-clip", config(tmp_path / "again", subsample=0.5), data)
+    assert again.parts["train"].fingerprint() == halves[0].parts["train"].fingerprint()
+
+
+def test_a_subsample_without_a_decided_pair_is_refused(tmp_path: Path) -> None:
+    data = rows(40)
+    for row in data[:36]:
+        row |= {"label": 0.5}
+    with pytest.raises(UserError, match="train.subsample: the 1 prompts that 0.001"):
+        RewardTrainer("shapes-clip", config(tmp_path / "a", subsample=0.001), data)
+    with pytest.raises(ConfigError, match="subsample: expected a share above 0 and up to 1"):
+        config(tmp_path / "b", subsample=0.0)
