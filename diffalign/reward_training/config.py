@@ -114,11 +114,10 @@ class RewardConfig(LoopConfig):
     split_seed: Seed = 0
     """Seed of the split. Rewards of other seeds are then measured on equal prompts."""
     subsample: _Sample = 1.0
-    """Share of the training prompts that this reward sees, drawn by `seed`. Rewards that
-    saw different halves are wrong about different images, so the average of their
-    weights (`diffalign reward average`) or scores is worth more than that of rewards
-    which learned the same wrong labels. The heads of `members` are fitted to draws of
-    their own without it."""
+    """Share of the training prompts that this reward sees, drawn by `seed`. Rewards of
+    different halves are wrong about different images, so the average of their weights
+    (`diffalign reward average`) or scores is worth more than that of rewards which
+    learned the same wrong labels. The heads of `members` have draws of their own."""
     prompt_weights: bool = True
     """Every prompt counts the same, however many pairs it has."""
     cache: str | None = None

@@ -375,10 +375,9 @@ def test_a_subsample_sees_a_share_of_the_training_prompts(tmp_path: Path) -> Non
 
 
 def test_a_subsample_without_a_decided_pair_is_refused(tmp_path: Path) -> None:
-    data = rows(40)
-    for row in data[:36]:
-        row |= {"label": 0.5}
-    with pytest.raises(UserError, match="train.subsample: the 1 prompts that 0.001"):
-        RewardTrainer("shapes-clip", config(tmp_path / "a", subsample=0.001), data)
+    judgements = read_judgements(rows(40))
+    judgements.label[:] = 0.5
+    with pytest.raises(UserError, match="train.subsample: the 20 prompts that 0.5 of the"):
+        judgements.drawn_prompts(0.5, seed=0)
     with pytest.raises(ConfigError, match="subsample: expected a share above 0 and up to 1"):
         config(tmp_path / "b", subsample=0.0)
