@@ -616,7 +616,9 @@ def main() -> None:
     names = {key: [folder.name for folder in folders] for key, folders in of_labels.items()}
     of_overfitted = overfitted_curves(scores, names, powers)
     overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
-    plot(of_overfitted, powers, overfitted_picture)
+    # Beside the verifier's own picks the others could not be told apart.
+    compared = {name: curve for name, curve in of_overfitted.items() if name != "verifier"}
+    plot(compared, powers, overfitted_picture)
     accuracy = {
         name: json.loads((folder / "report.json").read_text())["reward"]["accuracy"]
         for name, folder in rewards.items()
