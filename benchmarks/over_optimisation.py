@@ -21,10 +21,12 @@ rate of 5e-4 or 4e-4, and the last step counts, so they learn wrong labels by he
 labels are drawn six times. For each draw there are four rewards of all preferences,
 and --overfitted rewards that saw a half of the prompts each (`train.subsample: 0.5`);
 they differ in seed and learning rate. The judges: each reward of all preferences alone
-(the mean over them is shown), the mean of their scores, and the average of their
-weights (WARM, `diffalign reward average`); of the rewards of halves each alone, the
-mean, the mean less one standard deviation and the lowest of their scores, and the
-average of their weights. Scores are on the scale of the base's images.
+(the mean over them is shown), the mean of their scores, the win rate of an image among
+all of its prompt (`winrate`, the default rule of several scorers), and the average of
+their weights (WARM, `diffalign reward average`); of the rewards of halves each alone,
+the mean, win rates, the mean less one standard deviation and the lowest of their
+scores, and the average of their weights. Scores are on the scale of the base's images.
+Win rates are shares, and were added when the other figures were known.
 
 *Rewards stopped in time*: one draw of labels, --members rewards of 200 steps at 5e-4 or
 3e-4, of which the step with the best validation loss counts, as is usual. The further
@@ -289,12 +291,18 @@ def overfitted_curves(
     def together(sets: list[list[str]], method: str) -> list[Array]:
         return [combined(scores, names[:-1], method) for names in sets]
 
+    def by_wins(sets: list[list[str]]) -> list[Array]:
+        stacks = [np.stack([scores[name] for name in names[:-1]], axis=-1) for names in sets]
+        return [combine(torch.from_numpy(stack)).double().numpy() for stack in stacks]
+
     judges = {
         ONE: each(of_all),
         f"mean of {count}": together(of_all, "mean"),
+        f"win rates by {count}": by_wins(of_all),
         f"weights of {count}, averaged": [units[names[-1]] for names in of_all],
         "one reward of a half": each(of_halves),
         f"mean of {halves} of halves": together(of_halves, "mean"),
+        f"win rates by {halves} of halves": by_wins(of_halves),
         f"mean of {halves} of halves less one standard deviation": together(
             of_halves, "mean_minus_std"
         ),
