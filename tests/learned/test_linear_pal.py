@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from judged import config, rows
+from datasets import Dataset
+from judged import rows
 from torch import Tensor
 
 from diffalign import load_scorer
+from diffalign.cli.entry import run
 from diffalign.errors import ConfigError
-from diffalign.reward_training import RewardConfig, RewardTrainer
+from diffalign.reward_training import RewardConfig
 from diffalign.reward_training.fit_head import fit_head, margins_of
 from diffalign.reward_training.fit_linear_pal import fit_linear_pal
 from diffalign.reward_training.fit_pal import pal_margins
@@ -131,9 +133,15 @@ def test_the_fit_is_repeated_exactly() -> None:
         assert torch.equal(value, heads[1].state_dict()[name]), name
 
 
-def test_the_card_says_that_no_tastes_were_found(tmp_path: Path) -> None:
+def test_command_and_card_say_that_no_tastes_were_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = [row for n in range(4) for row in rows(12, True, f"user {n % 2}", 12 * n)]
-    folder = RewardTrainer("shapes-clip", config(tmp_path / "one", head="pal"), data).train()
+    folder, table = tmp_path / "one", tmp_path / "votes.parquet"
+    Dataset.from_list(data).to_parquet(table)
+    command = ["reward", "train", "--model", "shapes-clip", "--data", str(table)]
+    assert run([*command, "--train.head", "pal", "--train.output_dir", str(folder)]) == 0
+    assert "WARNING: no tastes found among 2 people" in capsys.readouterr().out
     facts = json.loads((folder / "reward.json").read_text())
     assert facts["chosen"]["taste_gain"] == 0
     assert "WARNING: no tastes found among 2 people" in (folder / "README.md").read_text()
