@@ -456,7 +456,7 @@ class RewardTrainer:
         if args.pal_form != "linear":
             return fit_pal(train, val, users, args)
         head, chosen = fit_linear_pal(train, users, args, self.groups)
-        if not chosen["taste_gain"]:
+        if args.prototypes > 1 and not chosen["taste_gain"]:
             self.judgements.notes.append(
                 f"WARNING: no tastes found among {users} people: reading them from their votes "
                 "does not predict other votes better than one reward does, so all of them have one"
