@@ -48,6 +48,7 @@ prompt). Goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from math import comb
 from pathlib import Path
@@ -92,9 +93,8 @@ OVERFITTED_RATES = (5e-4, 4e-4)
 OF_ALL = 4  # overfitted rewards of all preferences
 LABELS, OVERFITTED_LABELS = 7, range(31, 37)  # seeds of the drawn labels
 EVERY = 25  # steps of the training against them
-WARM = "average of the weights"
 OTHERS = {
-    WARM: "average",
+    "average of the weights": "average",
     "one head": "head",
     "8 heads, mean": "heads",
     "8 heads, mean less one standard deviation": "heads-careful",
@@ -103,9 +103,14 @@ OTHERS = {
 Array = npt.NDArray[np.float64]
 
 
+@functools.cache
+def few_prompts(work: Path) -> World:
+    return World(work / "world", 200)
+
+
 def few_preferences(work: Path, labels: int = LABELS) -> tuple[Path, Judgements]:
     """The base without preferences, and noisy judgements of a few prompts."""
-    world = World(work / "world", 200)
+    world = few_prompts(work)
     first, second = world.pairs(False)
     kept_rows = world.prompt[first] < PROMPTS
     first, second = first[kept_rows], second[kept_rows]
@@ -235,8 +240,7 @@ def curves(
 ) -> dict[str, dict[str, Array]]:
     """Judge -> its own reward and the verifier, (len(powers), prompts) each. `ONE` is
     the mean over the single rewards, which follow by name."""
-    scale = {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
-    units = {name: (values - scale[name][0]) / scale[name][1] for name, values in scores.items()}
+    units = in_units(scores)
     judges: dict[str, list[Array]] = {ONE: [units[name] for name in members]}
     for name, method in (
         (f"mean of {len(members)}", "mean"),
@@ -248,6 +252,11 @@ def curves(
     judges["verifier"] = [units["verifier"]]
     judges |= {name: [units[name]] for name in members}
     return {name: curve(of, scores["verifier"], powers) for name, of in judges.items()}
+
+
+def in_units(scores: dict[str, Array]) -> dict[str, Array]:
+    """Scores in standard deviations of the base's images."""
+    return {name: (values - values.mean()) / values.std() for name, values in scores.items()}
 
 
 def combined(scores: dict[str, Array], members: list[str], method: str) -> Array:
@@ -279,7 +288,7 @@ def overfitted_curves(
         rewards: What they saw and the seed of the labels -> names, the average last.
         powers: The n.
     """
-    units = {name: (values - values.mean()) / values.std() for name, values in scores.items()}
+    units = in_units(scores)
     of_all, of_halves = (
         [names for (seen, _), names in rewards.items() if seen == saw] for saw in ("all", "half")
     )

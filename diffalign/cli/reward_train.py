@@ -82,7 +82,8 @@ def _train(reward: RewardRun) -> int | Result:
     if process_rank() > 0:
         trainer.train()
         return 128 + trainer.interrupted_by if trainer.interrupted_by else 0
-    notes = list(trainer.judgements.notes)
+    notes = trainer.judgements.notes
+    printed = len(notes)
     for note in notes:
         print(note)
     sizes = ", ".join(f"{len(part)} {name}" for name, part in trainer.parts.items())
@@ -107,7 +108,7 @@ def _train(reward: RewardRun) -> int | Result:
             f"{row['prompts']} prompts that were not trained on"
         )
     lines.append(f"calibration error {report['expected_calibration_error']:.3f}")
-    lines += trainer.judgements.notes[len(notes) :]  # of the training
+    lines += notes[printed:]  # of the training
     if not gains(report):
         lines.append(NO_GAIN.replace("**", ""))
     lines.append(f"wrote {folder}: use it wherever a scorer is named, e.g. --scorers {folder}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..rewards.learned.heads import RewardHead, pair_features
+from ..rewards.learned.heads import RewardHead
 from ..rewards.learned.information import label_information, posterior_covariance
 from ..rewards.learned.losses import rao_kupper_loss
 from .config import RewardConfig
@@ -222,11 +222,7 @@ def _validation_loss(margins: Tensor, val: Pairs, config: RewardConfig) -> float
 
 
 def _standardise(head: RewardHead, train: Pairs) -> None:
-    both = torch.cat(
-        [pair_features(train.first, train.text), pair_features(train.second, train.text)]
-    )
-    head.get_buffer("mean").copy_(both.mean(0))
-    head.get_buffer("deviation").copy_(both.std(0, correction=0).clamp(min=1e-6))
+    head.standardise(torch.cat([train.first, train.second]), torch.cat([train.text, train.text]))
     head.get_buffer("base_mean").copy_(train.base.mean())
 
 

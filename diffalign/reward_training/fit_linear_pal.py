@@ -13,7 +13,7 @@ from ..runtime.progress import progress_bar
 from ..training.guardian import change_interval
 from .config import RewardConfig
 from .fit_head import FOLDS, MOST_FOLDED, cross_validated_penalty, folds_of
-from .fit_pal import taste_logits
+from .fit_pal import judges, taste_logits
 from .pair_loss import fit_scale, label_loss, nuisance_penalty, part_loss
 from .pair_tensors import Pairs
 
@@ -115,7 +115,7 @@ class _Rows:
         pairs (`Pairs`): The n pairs.
         cosine (`Tensor`): (n,).
         features (`Tensor`): (n, 2 d + 1), which begin with the image.
-        log_factor (`Tensor`): Logarithm of the factor of the cosine that fits best.
+        log_factor (`Tensor`): Logarithm of the factor by which the base multiplies it.
     """
 
     pairs: Pairs
@@ -193,12 +193,6 @@ class _Rows:
 
         optimizer.step(closure)  # type: ignore[arg-type]
         return _Weights(*(value.detach() for value in vars(weights).values()))
-
-
-def judges(pairs: Pairs, logits: Tensor) -> Tensor:
-    """Return the weights of each pair's judge, (n, K). -1 is the mean user."""
-    shares = logits.softmax(1)
-    return torch.cat([shares, shares.mean(0, keepdim=True)])[pairs.user]  # -1 is the last row
 
 
 def _folds(train: Pairs, config: RewardConfig, groups: Tensor | None) -> list[Tensor]:

@@ -168,10 +168,18 @@ def pal_margins(head: UserHead, pairs: Pairs) -> Tensor:
     """Compute the margins of all pairs for their judges. Unknown judges get the mean
     user.
     """
-    shares = head.logits.softmax(1)
-    everyone = shares.mean(0, keepdim=True)
-    table = torch.cat([shares, everyone])  # -1 is the last row
-    return margins_of_scores(_pal_scores(head, pairs, table[pairs.user]))
+    return margins_of_scores(_pal_scores(head, pairs, judges(pairs, head.logits)))
+
+
+def judges(pairs: Pairs, logits: Tensor) -> Tensor:
+    """Return the weights of each pair's judge, (n, K). Unknown ones are the mean user.
+
+    Args:
+        pairs (`Pairs`): n pairs.
+        logits (`Tensor`): Of the users, (users, K).
+    """
+    shares = logits.softmax(1)
+    return torch.cat([shares, shares.mean(0, keepdim=True)])[pairs.user]  # -1 is the last row
 
 
 def mean_user_scores(head: UserHead, pairs: Pairs) -> Tensor:

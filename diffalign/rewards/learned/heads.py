@@ -30,7 +30,31 @@ def pair_features(image: Tensor, text: Tensor) -> Tensor:
     return torch.cat([image, product, product.sum(-1, keepdim=True)], -1)
 
 
-class RewardHead(nn.Module):
+class _FeatureHead(nn.Module):
+    """A head of standardised `pair_features`, so that one penalty suits all of them.
+
+    Args:
+        width (`int`): Number of features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def standardise(self, image: Tensor, text: Tensor) -> None:
+        """Set where the features of images and their prompts lie, (n, d) each."""
+        features = pair_features(image, text)
+        self.get_buffer("mean").copy_(features.mean(0))
+        self.get_buffer("deviation").copy_(features.std(0, correction=0).clamp(min=1e-6))
+
+    def scaled(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the standardised `pair_features`."""
+        mean: Tensor = self.get_buffer("mean")
+        return (pair_features(image, text) - mean) / self.get_buffer("deviation")
+
+
+class RewardHead(_FeatureHead):
     """Adds to its base: factor * (base - mean) + network(features), per member.
 
     At the start the networks are zero, so the reward is the base less its mean. Without
@@ -53,8 +77,8 @@ class RewardHead(nn.Module):
         quantiles: bool = False,
         joint: bool = False,
     ) -> None:
-        super().__init__()
         width, outputs = dim if joint else 2 * dim + 1, len(QUANTILES) if quantiles else 1
+        super().__init__(width)
         layers: list[nn.Module] = []
         for _ in range(members):
             last = nn.Linear(hidden or width, outputs)
@@ -65,14 +89,6 @@ class RewardHead(nn.Module):
         self.networks = nn.ModuleList(layers)
         self.log_factor = nn.Parameter(torch.zeros(members))
         self.register_buffer("base_mean", torch.zeros(()))
-        # Where the features lie, so that one penalty suits all of them.
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
-
-    def scaled(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the standardised `pair_features`."""
-        mean: Tensor = self.get_buffer("mean")
-        return (pair_features(image, text) - mean) / self.get_buffer("deviation")
 
     def forward(self, base: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """Score images by every member.
@@ -183,7 +199,7 @@ class UserHead(nn.Module):
         raise NotImplementedError
 
 
-class LinearPalHead(UserHead):
+class LinearPalHead(_FeatureHead, UserHead):
     """One linear reward for everybody, and tastes that are added to it.
 
     The score is factor * cosine + shared @ features + sum_k w_uk taste_k @ image. It is
@@ -197,20 +213,11 @@ class LinearPalHead(UserHead):
     """
 
     def __init__(self, dim: int, users: int, prototypes: int) -> None:
-        super().__init__()
+        super().__init__(2 * dim + 1)
         self.log_factor = nn.Parameter(torch.zeros(()))
         self.shared = nn.Parameter(torch.zeros(2 * dim + 1))
         self.tastes = nn.Parameter(torch.zeros(prototypes, dim))
         self.logits = nn.Parameter(torch.zeros(users, prototypes))
-        # Where the features lie, so that one penalty suits all of them.
-        self.register_buffer("mean", torch.zeros(2 * dim + 1))
-        self.register_buffer("deviation", torch.ones(2 * dim + 1))
-
-    def standardise(self, image: Tensor, text: Tensor) -> None:
-        """Set where the features of images and their prompts lie, (n, d) each."""
-        features = pair_features(image, text)
-        self.get_buffer("mean").copy_(features.mean(0))
-        self.get_buffer("deviation").copy_(features.std(0, correction=0).clamp(min=1e-6))
 
     def parts(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the score is linear in.
@@ -219,8 +226,7 @@ class LinearPalHead(UserHead):
             `tuple[Tensor, Tensor]`: The cosines (n,), and the standardised
             `pair_features` (n, 2 d + 1), which begin with the image.
         """
-        features = pair_features(image, text)
-        return features[:, -1], (features - self.get_buffer("mean")) / self.get_buffer("deviation")
+        return (image * text).sum(-1), self.scaled(image, text)
 
     def by_prototype(self, image: Tensor, text: Tensor) -> Tensor:
         """Score images by every prototype alone, (n, K)."""
