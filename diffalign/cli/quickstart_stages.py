@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..generation.pipelines import base_pipeline
-from ..runtime.files import LOCK, save_image, write_atomically
+from ..runtime.files import save_image, unfinished_names, write_atomically
 from ..runtime.folder_lock import FolderLock
 from ..shapes.prompts import ATTRIBUTES, held_out_prompts, train_prompts
 from .quickstart_config import QuickstartConfig
@@ -105,7 +105,7 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
         return None
     if folder.exists() and (
         not folder.is_dir()
-        or any(p.name not in (LOCK, ".quickstart.json.tmp") for p in folder.iterdir())
+        or any(p.name not in unfinished_names(settings.name) for p in folder.iterdir())
     ):
         raise UserError(
             f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder"

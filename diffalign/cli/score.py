@@ -11,7 +11,7 @@ from ..config.ranges import count
 from ..errors import ConfigError, UserError
 from ..rewards.panel_file import _mapping, panel_config
 from ..runtime.distributed import DistributedContext
-from ..runtime.files import LOCK
+from ..runtime.files import unfinished_names
 from .results import Result, read_json_file
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _check_folder(folder: Path) -> None:
         UserError: it holds something else.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    names -= {LOCK, ".best.tmp", ".best.old"}
+    names -= unfinished_names(*_WRITTEN)
     others = sorted(names - set(_WRITTEN))
     if others or (names and "parts" not in names):
         shown = others or sorted(names)

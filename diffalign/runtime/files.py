@@ -37,7 +37,7 @@ def check_output_dir(folder: Path, marker: str, option: str = "--output_dir") ->
         make_folder(folder, option)
     # A process of several may come here while the first one writes the marker, and a
     # killed one may have left it half-written.
-    unfinished = (_temporary(folder / marker, 0).name, LOCK)
+    unfinished = unfinished_names(marker)
     if (
         folder.is_dir()
         and any(p.name not in unfinished for p in folder.iterdir())
@@ -101,8 +101,30 @@ def holds_run(
     return True
 
 
-def _temporary(path: Path, rank: int) -> Path:
+def _temporary(path: Path, rank: int = 0) -> Path:
     return path.with_name(f".{path.name}.{rank}.tmp" if rank else f".{path.name}.tmp")
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def unfinished_names(*names: str) -> set[str]:
+    """Name what a killed command may leave in its folder beside its own files.
+
+    Args:
+        names (`str`): files that the command writes with `replacing`, and folders that
+            it writes with `replacing_folder`.
+
+    Returns:
+        `set[str]`: their temporary files and folders, and the lock.
+    """
+    paths = [Path(name) for name in names]
+    return {
+        LOCK,
+        *(_temporary(path).name for path in paths),
+        *(_replaced(path).name for path in paths),
+    }
 
 
 LOCK = ".lock"
@@ -275,7 +297,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     check_replaceable(path)
     if path.name in ("", ".."):
         path = path.resolve()
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    temporary, old = _temporary(path), _replaced(path)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
