@@ -79,6 +79,8 @@ from diffalign.training.sections import ValidationConfig
 ONE = "one reward from few preferences"
 WEAKEST = "the weakest reward"
 FLIPS, PROMPTS = 0.25, 60
+WORLD = 200  # training prompts whose images the rewards may be trained on
+HELD_OUT = 120
 SCALED = 60  # prompts whose images give the scale of the rewards that train
 FIRST = 64  # images of each of them
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
@@ -105,7 +107,7 @@ Array = npt.NDArray[np.float64]
 
 @functools.cache
 def few_prompts(work: Path) -> World:
-    return World(work / "world", 200)
+    return World(work / "world", WORLD)
 
 
 def few_preferences(work: Path, labels: int = LABELS) -> tuple[Path, Judgements]:
@@ -180,14 +182,27 @@ def averaged(folders: list[Path], average: Path, data: Judgements) -> Path:
     return average
 
 
-def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array]:
-    """Judge -> (prompts, images)."""
+def scored(
+    work: Path, images: int, prompts: list[str], judges: dict[str, str], careful: str | None = None
+) -> dict[str, Array]:
+    """Draw images of prompts and score them.
+
+    Args:
+        work: Folder that keeps images and scores.
+        images: Of each prompt.
+        prompts: What is drawn.
+        judges: Name -> scorer, beside the verifier.
+        careful: Name of an ensemble that scores by its mean less one deviation, too.
+
+    Returns:
+        Judge -> (prompts, images).
+    """
     work = work / "over-optimisation"
-    prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
+    place = work / ("images" if len(prompts) == HELD_OUT else f"images-{len(prompts)}")
     # The first of all prompts begin the list, so that their batches are the same
     # whatever --images is.
     wanted = [
-        (p, image_seed(5, p, n), work / "images" / f"{i:03d}-{n:03d}.png")
+        (p, image_seed(5, p, n), place / f"{i:03d}-{n:03d}.png")
         for begin in range(0, images, FIRST)
         for i, p in enumerate(prompts)
         for n in range(begin, min(begin + FIRST, images))
@@ -213,13 +228,12 @@ def scored(work: Path, images: int, members: dict[str, Path]) -> dict[str, Array
             kept(work / f"{name}-{len(prompts)}-{images}.json", judge), dtype=np.float64
         )
 
-    found = {
-        "verifier": scores("verifier", "shapes"),
-        "shapes-clip": scores("shapes-clip", "shapes-clip"),
-    }
-    found |= {name: scores(name, str(folder)) for name, folder in members.items()}
-    careful = scores("heads-careful", str(members["heads"]), combine="mean_minus_std")
-    return found | {"heads-careful": careful}
+    values = {"verifier": scores("verifier", "shapes")}
+    values |= {name: scores(name, key) for name, key in judges.items()}
+    if careful is not None:
+        name = f"{careful}-careful"
+        values[name] = scores(name, judges[careful], combine="mean_minus_std")
+    return values
 
 
 def best_of(judge: Array, value: Array, n: int) -> Array:
@@ -259,11 +273,13 @@ def in_units(scores: dict[str, Array]) -> dict[str, Array]:
     return {name: (values - values.mean()) / values.std() for name, values in scores.items()}
 
 
-def combined(scores: dict[str, Array], members: list[str], method: str) -> Array:
+def combined(
+    scores: dict[str, Array], members: list[str], method: str, center: bool = False
+) -> Array:
     """Scores by an ensemble, each member on the scale of the base's images."""
     stacked = torch.from_numpy(np.stack([scores[name] for name in members], axis=-1))
     scales = [(float(scores[name].mean()), float(scores[name].std())) for name in members]
-    return combine(stacked, method, affine=scales).double().numpy()
+    return combine(stacked, method, affine=scales, center=center).double().numpy()
 
 
 def curve(judges: list[Array], verifier: Array, powers: list[int]) -> dict[str, Array]:
@@ -297,8 +313,8 @@ def overfitted_curves(
     def each(sets: list[list[str]]) -> list[Array]:
         return [units[name] for names in sets for name in names[:-1]]
 
-    def together(sets: list[list[str]], method: str) -> list[Array]:
-        return [combined(scores, names[:-1], method) for names in sets]
+    def together(sets: list[list[str]], method: str, center: bool = False) -> list[Array]:
+        return [combined(scores, names[:-1], method, center) for names in sets]
 
     def by_wins(sets: list[list[str]]) -> list[Array]:
         stacks = [np.stack([scores[name] for name in names[:-1]], axis=-1) for names in sets]
@@ -315,7 +331,11 @@ def overfitted_curves(
         f"mean of {halves} of halves less one standard deviation": together(
             of_halves, "mean_minus_std"
         ),
+        f"mean of {halves} of halves less one standard deviation, centred": together(
+            of_halves, "mean_minus_std", center=True
+        ),
         f"lowest of {halves} of halves": together(of_halves, "min"),
+        f"lowest of {halves} of halves, centred": together(of_halves, "min", center=True),
         f"weights of {halves} of halves, averaged": [units[names[-1]] for names in of_halves],
         "verifier": [units["verifier"]],
     }
@@ -623,15 +643,18 @@ def main() -> None:
     rewards = learned_from_few(options.work, options.members)
     members = {name: folder for name, folder in rewards.items() if name.startswith("few-")}
     of_labels = overfitted(options.work, options.overfitted)
-    others = {folder.name: folder for folders in of_labels.values() for folder in folders}
+    others = {folder.name: str(folder) for folders in of_labels.values() for folder in folders}
     powers = [2**i for i in range(options.images.bit_length()) if 2**i <= options.images]
-    scores = scored(options.work, options.images, rewards | others)
+    prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
+    judged = {"shapes-clip": "shapes-clip"} | {name: str(place) for name, place in rewards.items()}
+    scores = scored(options.work, options.images, prompts, judged, careful="heads")
+    fresh = scored(options.work, options.images, train_prompts()[WORLD:], others)
     found = curves(scores, list(members), powers)
     judges = {name: curve for name, curve in found.items() if name not in members}
     picture = options.output.with_suffix(".png")
     plot(judges, powers, picture)
     names = {key: [folder.name for folder in folders] for key, folders in of_labels.items()}
-    of_overfitted = overfitted_curves(scores, names, powers)
+    of_overfitted = overfitted_curves(fresh, names, powers)
     overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
     # Beside the verifier's own picks the others could not be told apart.
     compared = {name: curve for name, curve in of_overfitted.items() if name != "verifier"}
@@ -667,7 +690,7 @@ def main() -> None:
     ]
     for (saw, labels), (*alone, _) in names.items():
         seen = "all preferences" if saw == "all" else "a half of the prompts each"
-        body += ["", f"Labels of seed {labels}, {seen}:", *shared_errors(scores, alone)[1:]]
+        body += ["", f"Labels of seed {labels}, {seen}:", *shared_errors(fresh, alone)[1:]]
     body += [
         "",
         "## Rewards stopped in time",

@@ -19,6 +19,8 @@ from ..errors import ConfigError, UserError
 
 MISSING = ("renormalise", "drop", "fail")
 KINDS = ("mean", "min", "mean_minus_std")
+CENTERED = KINDS[1:]
+"""The methods that `center` changes. It moves no mean."""
 
 
 def apply_missing(
@@ -321,6 +323,40 @@ def conservative(
     return _like(mean - k * deviation, scores)
 
 
+def align_levels(scores: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+    """Move each scorer's level in a group of images to the mean level of all scorers.
+
+    A level is the mean score of the images that all scorers of the group could score.
+    Pairwise losses leave a reward an arbitrary level per prompt, so before this the
+    spread across scorers is partly meaningless. The mean over the scorers stays as it
+    is, unless scores are missing.
+
+    Args:
+        scores (`Tensor`): (groups, k, n), members on one scale.
+        weights (list of `float`, *optional*): (n,), of the mean level. Scorers of
+            weight 0 are neither counted nor moved.
+
+    Returns:
+        `Tensor`: (groups, k, n). Groups with fewer than two such images stay as they
+            are, since their scorers' spread would be 0.
+
+    Example:
+        ```python
+        scores = torch.tensor([[[1.0, 12.0], [3.0, 10.0]]])  # levels 2 and 11
+        assert align_levels(scores).tolist() == [[[5.5, 7.5], [7.5, 5.5]]]
+        ```
+    """
+    values, present, weight = _prepared(_grouped(scores), weights)
+    judging = present.any(1, keepdim=True)  # a scorer that saw nothing of a group has no level
+    common = (values.isfinite() | ~judging).all(-1, keepdim=True) & present.any(-1, keepdim=True)
+    count = common.sum(1, keepdim=True)
+    total = values.masked_fill(~(present & common), 0.0).sum(1, keepdim=True)
+    levels = total / count.clamp(min=1)
+    mean = _average(levels, judging, weight)[..., None]
+    moved = torch.where((count >= 2) & judging, values - levels + mean, scores.double())
+    return moved.to(scores.dtype)
+
+
 def kendalls_w(scores: Tensor) -> Tensor:
     """Compute Kendall's coefficient of concordance: do the scorers rank alike?
 
@@ -424,6 +460,7 @@ def combine(
     names: Sequence[str] | None = None,
     k: float = 1.0,
     ddof: int = 0,
+    center: bool = False,
 ) -> Tensor:
     """Combine the scores of each image by one of `METHODS`.
 
@@ -438,12 +475,15 @@ def combine(
         names (list of `str`, *optional*): the scorers' names, for messages.
         k (`float`, *optional*, defaults to 1.0): of ``mean_minus_std``.
         ddof (`int`, *optional*, defaults to 0): of standard deviations.
+        center (`bool`, *optional*, defaults to False): of ``min`` and
+            ``mean_minus_std``: first move all scorers to one level per group, see
+            `align_levels`.
 
     Returns:
         `Tensor`: (groups, k). NaN for an image without a score.
 
     Raises:
-        ConfigError: unknown method.
+        ConfigError: unknown method, or `center` with another one.
         UserError: undeclared scales, or missing scores under ``missing="fail"``.
 
     Example:
@@ -457,6 +497,10 @@ def combine(
             "combine.method",
             f"unknown method {method!r}{suggestion(str(method), METHODS)}; "
             f"there are {', '.join(METHODS)}",
+        )
+    if center and method not in CENTERED:
+        raise ConfigError(
+            "combine.center", f"has an effect with {' and '.join(CENTERED)} alone, got {method}"
         )
     scores = apply_missing(scores, missing, names)
     simple: dict[str, Callable[..., Tensor]] = {
@@ -475,6 +519,8 @@ def combine(
     if method == "weighted_sum":
         return weighted_sum(scores, weights, affine=scales, names=names)
     members = _scaled(_grouped(scores), scales, names)
+    if center:
+        members = align_levels(members, weights)
     return _like(conservative(members, method, k=k, ddof=ddof, weights=weights), scores)
 
 

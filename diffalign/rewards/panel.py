@@ -26,7 +26,7 @@ from .agreement import LARGEST_COMPARED, agreement, group_members, stacks
 from .base import Scorer, ScoreResult
 from .cache import ScoreCache
 from .images import ImageInput, Images, read_images
-from .panel_config import PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
+from .panel_config import ADDITIVE, PLACEMENTS, CombineConfig, RewardEntry, parse_rewards
 from .registry import find_class, load_scorer, options_of
 from .spec import ScorerSpec
 
@@ -58,10 +58,6 @@ class PanelResult:
     columns: dict[str, Tensor]
     errors: dict[str, dict[int, str]] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
-
-
-ADDITIVE = ("weighted_sum", "mean", "min", "mean_minus_std")
-"""Rules that give each image a number of its own, with a gradient."""
 
 
 @dataclass
@@ -298,11 +294,12 @@ class Panel:
                     f"{name} ({self.specs[name].key}) gives no gradient; give it the role eval, "
                     "or take a differentiable scorer (diffalign scorers lists them)",
                 )
-        if len(names) > 1 and self.combine_config.method not in ADDITIVE:
+        if len(names) > 1 and self.combine_config.compares_images:
+            rule = self.combine_config.method
             raise ConfigError(
                 "combine.method",
-                f"{self.combine_config.method} compares images and has no gradient; take one of "
-                f"{', '.join(ADDITIVE)}",
+                f"{f'centred {rule}' if self.combine_config.center else rule} compares images and "
+                f"has no gradient; take one of {', '.join(ADDITIVE)} without center",
             )
         if self.placement != "resident":
             raise ConfigError(
@@ -349,6 +346,7 @@ class Panel:
             names=names,
             k=config.k,
             ddof=config.ddof,
+            center=config.center,
         )
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from .registry import find_class
 from .spec import ScorerSpec
 
 PLACEMENTS = ("resident", "offload", "exclusive")
+ADDITIVE = ("weighted_sum", "mean", "min", "mean_minus_std")
+"""Methods that score an image without the others of its prompt."""
 
 
 _Weight = Annotated[float, replace(not_negative, words="a finite number of at least 0")]
@@ -154,6 +156,15 @@ class CombineConfig:
     """Standard deviations that `mean_minus_std` takes off."""
     ddof: Annotated[int, OneOf((0, 1))] = 0
     """0 divides variances by n, 1 by n - 1."""
+    center: bool = False
+    """Of `min` and `mean_minus_std`: move all scorers to one level per prompt first, so
+    that only differences between its images count."""
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the combined score of an image depends on the others of its
+        prompt."""
+        return self.center or self.method not in ADDITIVE
 
     def margins_of(self, names: Sequence[str]) -> list[float] | None:
         """Return one margin per scorer, in order.

@@ -238,7 +238,7 @@ def test_data_keep_their_error(tmp_path: Path) -> None:
 # Panels
 
 
-def panel(rule: str = "weighted_sum", watch: bool = False, **options: Any) -> Any:
+def panel(rule: Any = "weighted_sum", watch: bool = False, **options: Any) -> Any:
     entries: list[dict[str, Any]] = [
         {"name": "soft", "scorer": SoftBrightness(), "weight": 3.0},
         {"name": "again", "scorer": SoftBrightness(), "weight": 1.0},
@@ -247,7 +247,7 @@ def panel(rule: str = "weighted_sum", watch: bool = False, **options: Any) -> An
         entries.append({"name": "truth", "scorer": "jpeg_compressibility", "role": "eval"})
     for entry in entries[:2]:
         entry["normalize"] = {"kind": "affine", "mean": 0.25, "std": 0.5}
-    return Panel(entries, {"method": rule}, **options)
+    return Panel(entries, rule, **options)
 
 
 def test_a_panel_is_a_weighted_sum(tmp_path: Path) -> None:
@@ -269,6 +269,10 @@ def test_what_gives_no_gradient_is_refused(tmp_path: Path) -> None:
     for scorers, words in (
         ("shapes", r"shapes gives no gradient; take one of .*shapes-clip"),
         (panel("winrate"), "combine.method: winrate compares images and has no gradient"),
+        (
+            panel({"method": "min", "center": True}),
+            "combine.method: centred min compares images .* mean_minus_std without center",
+        ),
         (panel(placement="offload"), "placement: offload frees a scorer"),
         ([SoftBrightness(), SoftBrightness()], "2 scorers have no common scale"),
         (lambda images, prompts: torch.zeros(len(images)), "gives no gradient"),

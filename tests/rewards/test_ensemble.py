@@ -230,6 +230,47 @@ def test_one_exploited_member_does_not_carry_a_conservative_ensemble():
         )
 
 
+def test_levels_of_scorers_do_not_count_where_they_are_aligned():
+    scores = random_scores(6)
+    aligned = ensemble.align_levels(scores)
+    torch.testing.assert_close(aligned.mean(-1), scores.mean(-1))
+    levels = aligned.mean(1)
+    torch.testing.assert_close(levels, levels.mean(-1, keepdim=True).expand_as(levels))
+    shifts = random_scores(7, (5, 1, 3))
+    scale = [(0.0, 1.0)] * scores.shape[-1]
+    for method in ensemble.CENTERED:
+        first, second = (
+            ensemble.combine(values, method, affine=scale, center=True)
+            for values in (scores, scores + shifts)
+        )
+        moved = second - first  # one number per group: the mean of its shifts
+        torch.testing.assert_close(moved, shifts.mean(-1).expand_as(moved))
+    # By hand: levels (2, 6, 1), their mean 3.
+    group = torch.tensor([[[1.0, 8.0, 1.0], [3.0, 4.0, 1.0]]], dtype=torch.float64)
+    assert ensemble.align_levels(group).tolist() == [[[2, 5, 3], [4, 1, 3]]]
+    assert ensemble.combine(group, "min", affine="none", center=True).tolist() == [[2, 1]]
+    assert ensemble.combine(group, "min", affine="none").tolist() == [[1, 1]]
+
+
+def test_levels_are_those_of_images_that_all_scorers_have():
+    group = torch.tensor(
+        [[[1.0, 8.0, NAN], [3.0, 4.0, NAN], [50.0, NAN, NAN], [NAN, NAN, NAN]]],
+        dtype=torch.float64,
+    )  # levels 2 and 6: the third scorer saw nothing, the third image has one score
+    aligned = ensemble.align_levels(group)[0]
+    assert aligned[:2, :2].tolist() == [[3, 6], [5, 2]] and aligned[2, 0] == 52
+    assert aligned.isnan().equal(group[0].isnan())
+    heavy = ensemble.align_levels(group, [3.0, 1.0, 1.0])[0]  # mean level (3 * 2 + 6) / 4
+    assert heavy[:2, :2].tolist() == [[2, 5], [4, 1]]
+    without = ensemble.align_levels(group, [1.0, 0.0, 1.0])[0]  # no other level to move to
+    torch.testing.assert_close(without, group[0], equal_nan=True)
+    for alone in (group[:, :1], group[:, 1:3]):  # one image that both have
+        torch.testing.assert_close(ensemble.align_levels(alone), alone, equal_nan=True)
+    for method in ("winrate", "mean"):
+        with pytest.raises(UserError, match=f"combine.center: .* alone, got {method}"):
+            ensemble.combine(group, method, affine="none", center=True)
+
+
 def test_kendalls_w():
     same = torch.stack([torch.arange(5.0)] * 3, -1)[None]
     opposed = torch.stack([torch.arange(4.0), -torch.arange(4.0)], -1)[None]

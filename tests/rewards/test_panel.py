@@ -184,6 +184,10 @@ def test_mistakes_in_rewards_name_their_place(value, place, part):
         ({"rewards": "panel-a", "combine": {"ddof": 2}}, "combine.ddof"),
         ({"rewards": "panel-a", "combine": {"margins": {"panel-c": 1}}}, "combine.margins.panel-c"),
         ({"rewards": "panel-a", "combine": {"min_agree": 2}}, "combine.min_agree"),
+        (
+            {"rewards": "panel-a,panel-b", "combine": {"center": True}},
+            "combine.center: has an effect with min and mean_minus_std alone, got winrate",
+        ),
         ({"rewards": "panel-a", "placement": "exclusiv"}, "did you mean 'exclusive'"),
         ({"rewards": "panel-a,panel-b", "combine": "weighted_sum"}, "panel-b declares none"),
         ({"rewards": [{"scorer": "panel-b", "normalize": "declared"}]}, r"rewards\[0\].normalize"),
@@ -344,6 +348,22 @@ def test_ragged_groups_are_combined_each_for_itself_in_any_order():
             [group] * len(members),
         )
         assert alone.values.tolist() == [combined.values.tolist()[i] for i in members]
+
+
+def test_centred_scorers_are_compared_within_each_prompt():
+    entries = [{"name": n, "scorer": "panel-a", "normalize": "none"} for n in ("a", "b")]
+    columns = {
+        "a": torch.tensor([1.0, 0.0, 3.0, 5.0]),  # of the prompts p, q, p and q
+        "b": torch.tensor([12.0, -5.0, 10.0, 1.0]),
+    }
+    groups = ["p", "q", "p", "q"]
+    raw = Panel(entries, "min").combine(columns, groups)
+    assert raw.values.tolist() == [1, -5, 3, 1]
+    centred = Panel(entries, {"method": "min", "center": True}).combine(columns, groups)
+    # Levels 2 and 11 in p, 2.5 and -2 in q.
+    assert centred.values.tolist() == [5.5, -2.75, 5.5, 2.75]
+    alone = Panel(entries, {"method": "min", "center": True}).combine(columns, [0, 1, 2, 3])
+    assert alone.values.tolist() == raw.values.tolist()
 
 
 def test_groups_are_stacked_by_size_within_bounds(monkeypatch):

@@ -143,10 +143,8 @@ class RewardFunction:
         """Whether `combined` depends on the other images of a prompt or round."""
         if self.panel is None:
             return len(self.members) > 1
-        from ...rewards.panel import ADDITIVE
-
         ruled = self.panel.names_rule or len(self.panel.train_names) > 1
-        return ruled and self.panel.combine_config.method not in ADDITIVE
+        return ruled and self.panel.combine_config.compares_images
 
     def _panel_names(self) -> list[str]:
         train = self.panel.train_names
