@@ -80,7 +80,7 @@ ONE = "one reward from few preferences"
 WEAKEST = "the weakest reward"
 FLIPS, PROMPTS = 0.25, 60
 WORLD = 200  # training prompts whose images the rewards may be trained on
-HELD_OUT = 120
+HELD_OUT, FURTHER = 120, 200  # prompts of all rewards, and of the overfitted ones
 SCALED = 60  # prompts whose images give the scale of the rewards that train
 FIRST = 64  # images of each of them
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
@@ -647,14 +647,16 @@ def main() -> None:
     powers = [2**i for i in range(options.images.bit_length()) if 2**i <= options.images]
     prompts = [*held_out_prompts()[60:], *held_out_prompts()[:60]]
     judged = {"shapes-clip": "shapes-clip"} | {name: str(place) for name, place in rewards.items()}
-    scores = scored(options.work, options.images, prompts, judged, careful="heads")
-    fresh = scored(options.work, options.images, train_prompts()[WORLD:], others)
+    scores = scored(options.work, options.images, prompts, judged | others, careful="heads")
+    further = train_prompts()[WORLD : WORLD + FURTHER]
+    more = scored(options.work, options.images, further, others)
+    both = {name: np.concatenate([scores[name], values]) for name, values in more.items()}
     found = curves(scores, list(members), powers)
     judges = {name: curve for name, curve in found.items() if name not in members}
     picture = options.output.with_suffix(".png")
     plot(judges, powers, picture)
     names = {key: [folder.name for folder in folders] for key, folders in of_labels.items()}
-    of_overfitted = overfitted_curves(fresh, names, powers)
+    of_overfitted = overfitted_curves(both, names, powers)
     overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
     # Beside the verifier's own picks the others could not be told apart.
     compared = {name: curve for name, curve in of_overfitted.items() if name != "verifier"}
@@ -690,7 +692,7 @@ def main() -> None:
     ]
     for (saw, labels), (*alone, _) in names.items():
         seen = "all preferences" if saw == "all" else "a half of the prompts each"
-        body += ["", f"Labels of seed {labels}, {seen}:", *shared_errors(fresh, alone)[1:]]
+        body += ["", f"Labels of seed {labels}, {seen}:", *shared_errors(both, alone)[1:]]
     body += [
         "",
         "## Rewards stopped in time",

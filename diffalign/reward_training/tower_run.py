@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..rewards.scorers.trained import FILE
+from ..runtime.files import write_atomically
 from ..runtime.folder_lock import FolderLock
 from ..runtime.seeds import undisturbed
 from ..training.build import (
@@ -38,6 +39,7 @@ from ..training.resume import group_settings, resume_settings
 from ..training.run_folder import begin
 from ..training.signals import StopSignals
 from ..training.tracking import MetricLog, MetricWindow, finish_trackers, start_trackers
+from ..training.trained_weights import REWARD_RUN
 from .captions import CaptionData
 from .config import RewardConfig
 from .judgements import Judgements
@@ -284,12 +286,16 @@ class TowerRun:
             checkpoint = begin(lock, resume, self.args.overwrite_output_dir)
             self.setup()
             self.checkpoints.clean()
+            mark = self.output_dir / REWARD_RUN
             if self.accelerator.is_main_process:
+                write_atomically(mark, b"")  # a killed run is known before its first checkpoint
                 # What is trained now makes another reward of the folder, at the end.
                 (self.output_dir / FILE).unlink(missing_ok=True)
             output = self._train(checkpoint)
             if output.interrupted_by is None:
                 finish()
+                if self.accelerator.is_main_process:
+                    mark.unlink(missing_ok=True)
             return output
 
     def _train(self, checkpoint: Path | None) -> TrainOutput:

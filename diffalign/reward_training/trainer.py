@@ -37,6 +37,7 @@ from ..runtime.versions import versions
 from ..training.arguments import read_callbacks
 from ..training.sections import LoraSection
 from ..training.tracking import check_tracker
+from ..training.trained_weights import REWARD_RUN
 from .captions import CaptionData
 from .categories import pair_categories
 from .config import RewardConfig
@@ -278,7 +279,7 @@ class RewardTrainer:
             return
         if self.args.towers != "frozen":
             # `begin` refuses other runs. Any other file here is an error.
-            if not any((self.folder / name).exists() for name in (FILE, "logs", LOCK)):
+            if not any((self.folder / name).exists() for name in (FILE, REWARD_RUN, "logs", LOCK)):
                 raise self._foreign_folder()
             return
         if not self.args.overwrite_output_dir:

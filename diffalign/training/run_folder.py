@@ -11,7 +11,7 @@ from ..runtime.files import move_aside
 from ..runtime.folder_lock import FolderLock
 from .checkpoint import find_checkpoint, list_checkpoints
 from .run_record import is_run_record
-from .trained_weights import FINAL_FILES, REWARD_FILE
+from .trained_weights import FINAL_FILES, REWARD_FILE, REWARD_RUN
 
 REPLACED = (
     "config.yaml",
@@ -144,7 +144,8 @@ def _claim(lock: FolderLock, overwrite: bool) -> None:
     folder = lock.folder
     checkpoints = list_checkpoints(folder) if folder.is_dir() else []
     has_votes = any(folder.glob("feedback/round-*/votes*"))
-    is_run = is_run_record(folder / "config.yaml") or (folder / REWARD_FILE).is_file()
+    is_reward = any((folder / name).is_file() for name in (REWARD_FILE, REWARD_RUN))
+    is_run = is_reward or is_run_record(folder / "config.yaml")
     if not (is_run or checkpoints or has_votes):
         _check_foreign(folder)
     has_best = is_run and (folder / "best" / "validation.json").is_file()

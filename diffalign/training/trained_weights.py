@@ -20,6 +20,8 @@ from .sharding import load_weights, plain_network
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 REWARD_FILE = "reward.json"
+REWARD_RUN = ".reward-run"
+"""Marks a folder where the towers of a reward are being trained."""
 FINAL_FILES = (
     LORA_FILE,
     "model_index.json",

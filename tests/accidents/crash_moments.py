@@ -138,6 +138,7 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
     )
     prompts = str(work / "prompts.txt")
     few = ("--num_inference_steps", "2", "--scorers", "jpeg_compressibility")
+    reward = ("reward", "train", "--model", "shapes-clip", "--data", str(pairs))
     return {
         "dpo": lambda out: train(
             *(
@@ -257,6 +258,20 @@ def scenarios(work: Path) -> dict[str, Callable[[Path], list[str]]]:
             "--output_dir",
             str(out),
         ],
+        "sample": lambda out: [
+            *("sample", "--model", "shapes", "--prompt", "a large red circle"),
+            *("--num_images", "3", "--num_inference_steps", "2", "--output_dir", str(out)),
+        ],
+        "steer": lambda out: [
+            *("steer", "--model", "shapes", "--prompts", prompts, "--num_particles", "2"),
+            *("--num_inference_steps", "4", "--scorer", "jpeg_compressibility"),
+            *("--lmbda", "0.1", "--prompts_per_call", "1", "--output_dir", str(out)),
+        ],
+        "reward": lambda out: [*reward, "--train.output_dir", str(out), "--train.members", "2"],
+        "reward_lora": lambda out: [
+            *(*reward, "--train.output_dir", str(out), "--train.towers", "lora"),
+            *("--train.max_steps", "5", "--train.save_steps", "2", "--train.eval_steps", "2"),
+        ],
         "quickstart": lambda out: [
             *(
                 "quickstart",
@@ -285,12 +300,13 @@ def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int,
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    place, count = str(out), 0
+    # A folder that is replaced as a whole is filled beside the old one.
+    places, count = (str(out), str(out.with_name(f".{out.name}."))), 0
 
     def writes(event: str, values: tuple[Any, ...]) -> bool:
         if event not in _EVENTS or not values or not isinstance(values[0], (str, os.PathLike)):
             return False
-        if not os.fspath(values[0]).startswith(place):
+        if not os.fspath(values[0]).startswith(places):
             return False
         if event != "open":
             return True
@@ -305,7 +321,7 @@ def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int,
         if writes(event, values):
             count += 1
             if count == moment:
-                _tear(place)
+                _tear(places)
                 os.write(2, f"\nkilled before {event} {values[0]}\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -319,13 +335,17 @@ def child(arguments: list[str], out: Path, moment: int, log: Path) -> tuple[int,
     os._exit(code)
 
 
-def _tear(place: str) -> None:
+def _tear(places: tuple[str, ...]) -> None:
     """Cuts the files that are open for writing to two thirds, as a kill in the middle
     of a write leaves them."""
     for link in Path("/proc/self/fd").iterdir() if Path("/proc/self/fd").is_dir() else ():
         try:
             target = os.readlink(link)
-            if target.startswith(place) and not target.endswith(".lock") and os.path.isfile(target):
+            if (
+                target.startswith(places)
+                and not target.endswith(".lock")
+                and os.path.isfile(target)
+            ):
                 os.truncate(target, os.path.getsize(target) * 2 // 3)
         except OSError:
             continue
@@ -398,7 +418,9 @@ def differences(name: str, moments: int, work: Path) -> list[str]:
             .replace(str(cut), "")[:100]
         )
         again = command(cut) + (
-            ["--train.resume_from_checkpoint", "latest"] if command(cut)[0] == "train" else []
+            ["--train.resume_from_checkpoint", "latest"]
+            if command(cut)[0] == "train" or "--train.towers" in command(cut)
+            else []
         )
         code, _ = child(again, cut, 0, work / "again.log")
         if killed != -signal.SIGKILL:

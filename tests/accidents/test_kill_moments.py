@@ -1,5 +1,5 @@
 """Killed at any moment and started again, a command ends as if it had never been
-killed. 120 moments in all."""
+killed. 160 moments in all."""
 
 import os
 import subprocess
@@ -20,6 +20,10 @@ SCENARIOS = [
     "build",
     "compare",
     "recaption",
+    "sample",
+    "steer",
+    "reward",
+    "reward_lora",
     "quickstart",
 ]
 

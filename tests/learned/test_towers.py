@@ -28,6 +28,7 @@ from diffalign.reward_training.tower_network import TowerNetwork
 from diffalign.rewards.learned.losses import anchor_loss
 from diffalign.rewards.learned.tower_weights import trained_state
 from diffalign.rewards.testing.reference import arguments
+from diffalign.training.trained_weights import REWARD_RUN
 
 SCRIPT = Path(__file__).with_name("tower_script.py")
 PROMPTS = ["a small red circle"] * 2
@@ -101,6 +102,20 @@ def test_a_killed_training_goes_on_to_the_same_weights(trained: Path, tmp_path: 
     ]
     assert lines[0] == lines[1] and any("eval/accuracy" in entry for entry in lines[0])
     assert report_of(trained) == report_of(folder)
+    assert not (folder / REWARD_RUN).exists()
+
+
+def test_a_training_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    with pytest.raises(KeyboardInterrupt):
+        train_towers(folder, "lora", [StopAt(2)])
+    assert (folder / "logs" / "metrics.jsonl").is_file()
+    assert not list(folder.glob("checkpoint-*"))
+    with pytest.raises(KeyboardInterrupt):
+        train_towers(folder, "lora", [StopAt(1)], resume_from_checkpoint="latest")
+    (folder / REWARD_RUN).unlink()  # without it these could be anybody's logs
+    with pytest.raises(UserError, match="is not a run of diffalign"):
+        train_towers(folder, "lora")
 
 
 class StopAfterLook(TrainerCallback):
