@@ -25,8 +25,11 @@ they differ in seed and learning rate. The judges: each reward of all preference
 all of its prompt (`winrate`, the default rule of several scorers), and the average of
 their weights (WARM, `diffalign reward average`); of the rewards of halves each alone,
 the mean, win rates, the mean less one standard deviation and the lowest of their
-scores, and the average of their weights. Scores are on the scale of the base's images.
-Win rates are shares, and were added when the other figures were known.
+scores, both also centred (`center: true`: all rewards have one level per prompt), and
+the average of their weights. Scores are on the scale of the base's images, win rates
+are shares. Beside the 120 prompts they judge 200 training prompts that no reward has
+seen, drawn in the same way. Win rates and centring were added when the figures of the
+other rules on the first 120 prompts were known; the 200 were drawn after that.
 
 *Rewards stopped in time*: one draw of labels, --members rewards of 200 steps at 5e-4 or
 3e-4, of which the step with the best validation loss counts, as is usual. The further
@@ -658,8 +661,10 @@ def main() -> None:
     names = {key: [folder.name for folder in folders] for key, folders in of_labels.items()}
     of_overfitted = overfitted_curves(both, names, powers)
     overfitted_picture = picture.with_stem(f"{picture.stem}_overfitted")
-    # Beside the verifier's own picks the others could not be told apart.
-    compared = {name: curve for name, curve in of_overfitted.items() if name != "verifier"}
+    # Beside the verifier's own picks the others could not be told apart, and there are
+    # ten colours.
+    unseen = ("verifier", f"win rates by {OF_ALL}", f"lowest of {options.overfitted} of halves")
+    compared = {name: curve for name, curve in of_overfitted.items() if name not in unseen}
     plot(compared, powers, overfitted_picture)
     accuracy = {
         name: json.loads((folder / "report.json").read_text())["reward"]["accuracy"]
