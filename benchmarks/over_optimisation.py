@@ -375,6 +375,25 @@ def turns(
     return lines
 
 
+def after_the_turn(found: dict[str, dict[str, Array]], powers: list[int]) -> list[str]:
+    """What picking harder than where one reward turns changes, judge by judge."""
+    one = found[ONE]["verifier"]
+    turn_of_one = int(one.mean(1).argmax())
+    lines = [
+        "",
+        f"From n = {powers[turn_of_one]}, where {ONE} turns, to {powers[-1]}, the verifier of the "
+        "picks changes by:",
+        "",
+        f"| picked by | change | against {ONE} |",
+        "|---|---|---|",
+    ]
+    for name, curve in found.items():
+        change = curve["verifier"][-1] - curve["verifier"][turn_of_one]
+        against = "" if name == ONE else said(change - (one[-1] - one[turn_of_one]))
+        lines.append(f"| {name} | {said(change)} | {against} |")
+    return lines
+
+
 def shared_errors(scores: dict[str, Array], members: list[str]) -> list[str]:
     """How much two rewards are wrong about the same images.
 
@@ -694,6 +713,7 @@ def main() -> None:
         "",
         *tables(of_overfitted, powers),
         *turns(of_overfitted, powers),
+        *after_the_turn(of_overfitted, powers),
     ]
     for (saw, labels), (*alone, _) in names.items():
         seen = "all preferences" if saw == "all" else "a half of the prompts each"
