@@ -119,14 +119,26 @@ class Visitor:
 
     def tab(self, text: str) -> None:
         """Open a tab, by the menu *More tabs* where the screen is too narrow for it."""
-        tabs = self.driver.find_elements(By.CSS_SELECTOR, "button[role=tab]")
-        if text not in [tab.text for tab in tabs]:
+        tabs = self.shown("button[role=tab]")
+        if text not in tabs:
             self.driver.find_element(By.CSS_SELECTOR, "button[aria-label='More tabs']").click()
-            tabs = self.driver.find_elements(By.CSS_SELECTOR, ".overflow-dropdown button")
-        next(tab for tab in tabs if tab.text == text).click()
+            tabs = self.shown(".overflow-dropdown button")
+        tabs[text].click()
         selected = "button[role=tab][aria-selected=true], .overflow-dropdown button.selected"
         script = f"return document.querySelector({selected!r}).textContent.trim()"
         self.until(lambda: self.driver.execute_script(script) == text)
+
+    def shown(self, selector: str) -> dict[str, Any]:
+        """Text -> element, read again if the page was drawn anew meanwhile."""
+        elements: dict[str, Any] = {}
+
+        def read() -> bool:
+            found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+            elements.update({element.text: element for element in found})
+            return True
+
+        self.until(read)
+        return elements
 
     def sources(self, name: str) -> list[str]:
         return [

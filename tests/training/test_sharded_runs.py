@@ -108,7 +108,12 @@ def check(folder: Path, one: Path, kind: str) -> None:
         for key in compared:
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (key, kind)
         if "train/grad_norm" in mine:
-            assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
+            # Where a pixel of a drawn image was rounded to the next of 256 values, its
+            # reward is another one, too.
+            same_images = mine.get("judge/score_0") == theirs.get("judge/score_0")
+            assert mine["train/grad_norm"] == pytest.approx(
+                theirs["train/grad_norm"], rel=1e-4 if same_images else 2e-3
+            )
     assert any("train/loss" in row for row in ours)
     files = sorted(
         path.relative_to(folder / name)
