@@ -87,6 +87,7 @@ def write_report(
         rule = {
             "method": panel.combine_config.method,
             "missing_policy": panel.combine_config.missing,
+            "center": panel.combine_config.center,
         }
         summary["combined"] = rule | _statistics(values) | _against_labels(values, better, worse)
         if len(panel.names) > 1:
