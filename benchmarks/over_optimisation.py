@@ -83,7 +83,7 @@ ONE = "one reward from few preferences"
 WEAKEST = "the weakest reward"
 FLIPS, PROMPTS = 0.25, 60
 WORLD = 200  # training prompts whose images the rewards may be trained on
-HELD_OUT, FURTHER = 120, 200  # prompts of all rewards, and of the overfitted ones
+FURTHER = 200  # prompts that the overfitted rewards judge beside the held-out ones
 SCALED = 60  # prompts whose images give the scale of the rewards that train
 FIRST = 64  # images of each of them
 LEARNING_RATES = (5e-4, 3e-4)  # of the rewards
@@ -201,7 +201,7 @@ def scored(
         Judge -> (prompts, images).
     """
     work = work / "over-optimisation"
-    place = work / ("images" if len(prompts) == HELD_OUT else f"images-{len(prompts)}")
+    place = work / f"images-{len(prompts)}"
     # The first of all prompts begin the list, so that their batches are the same
     # whatever --images is.
     wanted = [

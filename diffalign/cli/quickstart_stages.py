@@ -103,9 +103,9 @@ def claim(folder: Path, config: QuickstartConfig) -> dict[str, Any] | None:
             return json.loads(results.read_text())
         print(f"continuing the quickstart in {folder}")
         return None
+    unfinished = unfinished_names(settings.name)
     if folder.exists() and (
-        not folder.is_dir()
-        or any(p.name not in unfinished_names(settings.name) for p in folder.iterdir())
+        not folder.is_dir() or any(p.name not in unfinished for p in folder.iterdir())
     ):
         raise UserError(
             f"--output_dir: {str(folder)!r} exists and is no quickstart; name another folder"

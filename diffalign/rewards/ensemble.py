@@ -19,7 +19,7 @@ from ..errors import ConfigError, UserError
 
 MISSING = ("renormalise", "drop", "fail")
 KINDS = ("mean", "min", "mean_minus_std")
-CENTERED = KINDS[1:]
+CENTERED = ("min", "mean_minus_std")
 """The methods that `center` changes. It moves no mean."""
 
 
@@ -348,7 +348,7 @@ def align_levels(scores: Tensor, weights: Sequence[float] | Tensor | None = None
     """
     values, present, weight = _prepared(_grouped(scores), weights)
     judging = present.any(1, keepdim=True)  # a scorer that saw nothing of a group has no level
-    common = (values.isfinite() | ~judging).all(-1, keepdim=True) & present.any(-1, keepdim=True)
+    common = (values.isfinite() | ~judging).all(-1, keepdim=True)
     count = common.sum(1, keepdim=True)
     total = values.masked_fill(~(present & common), 0.0).sum(1, keepdim=True)
     levels = total / count.clamp(min=1)
